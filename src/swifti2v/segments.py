@@ -67,6 +67,13 @@ class Window:
         back = 0 if rope_positions == "absolute" else max(0, self.blocks[-1] - (trained_blocks - 1))
         return tuple(0 if block == 0 else block - back for block in self.blocks)
 
+    def sigmas(self, sigma: float, csg: CSG) -> tuple[float, ...]:
+        """Noise level that every block carries into the network, in the order of ``blocks``."""
+        anchor = sigma if csg.renoised == "context" else 0.0
+        neighbor = sigma if csg.renoised != "none" or csg.neighbor_timestep == "current" else 0.0
+        levels = [anchor] if self.anchor is not None else []
+        return (*levels, *[neighbor] * len(self.neighbors), *[sigma] * len(self.segment))
+
 
 def windows(num_blocks: int, *, segment_blocks: int = 3, neighbor_blocks: int = 1) -> Iterator[Window]:
     """Stage II's windows: segments of M blocks over 1..T-1, each with the N blocks before it.

@@ -1,0 +1,230 @@
+"""Presets: a model with its grid, defaults and the place its weights come from, as frozen values.
+
+No tensors here: ``plan`` and ``--help`` read presets without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from .core import MAX_SIDE, RESOLUTIONS, Fit, Grid, Lattice, Request, Size, UsageError
+from .segments import CSG
+
+Family = Literal["wan", "wan-refine", "nano"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """``stage_one`` and ``stage_two``: a folder in this package (nano), or hub repositories in diffusers layout.
+
+    ``overlap_blocks``: finished blocks that a Stage I continuation keeps at least (docs/decisions/0003).
+    ``defaults``: fields of ``Request`` that differ from its own defaults.
+    """
+
+    name: str
+    family: Family
+    title: str
+    grid: Grid
+    stage_one: str
+    stage_two: str
+    prompt_tokens: int = 512
+    overlap_blocks: int = 5
+    fps: float = 15.0
+    hidden: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the weights lie if they ship with the package."""
+        return package_folder() / self.stage_one if self.family == "nano" and self.stage_one else None
+
+
+def package_folder() -> Path:
+    spec = importlib.util.find_spec("swifti2v")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+WAN_STAGE_ONE = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+WAN_STAGE_TWO = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+_WAN_ONE = Lattice(stride=8, patch=2, channels=16)
+_WAN_TWO = Lattice(stride=16, patch=2, channels=48)
+_NANO = Lattice(stride=16, patch=2, channels=48, pads=True)
+_TINY_WAN_ONE = Lattice(stride=8, patch=2, channels=16)
+_TINY_WAN_TWO = Lattice(stride=16, patch=2, channels=4)
+_REFINE = {
+    "strength_2": 0.5,
+    "num_inference_steps_2": 4,
+    "csg": CSG(renoised="neighbors", neighbor_timestep="current"),
+}
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="nano",
+            family="nano",
+            title="small models trained by this project, shipped in the package; run on a CPU",
+            grid=Grid(stage_one=_NANO, stage_two=_NANO),
+            stage_one="nano",
+            stage_two="nano",
+            prompt_tokens=128,
+            defaults={"num_inference_steps": 12},
+        ),
+        Preset(
+            name="wan",
+            family="wan",
+            title="SwiftI2V at its true size: Wan2.1-I2V-14B + trained Stage II (no such weights are public yet)",
+            grid=Grid(stage_one=_WAN_ONE, stage_two=_WAN_TWO),
+            stage_one=WAN_STAGE_ONE,
+            stage_two=WAN_STAGE_TWO,
+        ),
+        Preset(
+            name="wan-refine",
+            family="wan-refine",
+            title="public Wan weights only: an image-anchored sharpening upscaler, quality not yet measured",
+            grid=Grid(stage_one=_WAN_ONE, stage_two=_WAN_TWO, stage_one_area=832 * 480),
+            stage_one=WAN_STAGE_ONE,
+            stage_two=WAN_STAGE_TWO,
+            defaults=_REFINE,
+        ),
+        Preset(
+            name="tiny-nano",
+            family="nano",
+            title="nano's twin for tests: tiny, random weights",
+            grid=Grid(stage_one=_NANO, stage_two=_NANO, trained_blocks=5, default_size=Size(128, 64)),
+            stage_one="",
+            stage_two="",
+            prompt_tokens=16,
+            overlap_blocks=2,
+            hidden=True,
+            defaults={"num_inference_steps": 2, "num_inference_steps_2": 2},
+        ),
+        Preset(
+            name="tiny-wan",
+            family="wan",
+            title="wan's twin for tests: tiny, random weights",
+            grid=Grid(stage_one=_TINY_WAN_ONE, stage_two=_TINY_WAN_TWO, trained_blocks=5, default_size=Size(128, 64)),
+            stage_one="",
+            stage_two="",
+            overlap_blocks=2,
+            hidden=True,
+            defaults={"num_inference_steps": 2, "num_inference_steps_2": 2},
+        ),
+        Preset(
+            name="tiny-wan-refine",
+            family="wan-refine",
+            title="wan-refine's twin for tests: tiny, random weights",
+            grid=Grid(
+                stage_one=_TINY_WAN_ONE,
+                stage_two=_TINY_WAN_TWO,
+                trained_blocks=5,
+                default_size=Size(128, 64),
+                stage_one_area=64 * 32,
+            ),
+            stage_one="",
+            stage_two="",
+            overlap_blocks=2,
+            hidden=True,
+            defaults={**_REFINE, "num_inference_steps": 2, "num_inference_steps_2": 2},
+        ),
+    )
+}
+
+
+def get(name: str) -> Preset:
+    """The preset of that name; ``UsageError`` naming the known ones."""
+    if name not in PRESETS:
+        known = ", ".join(p.name for p in PRESETS.values() if not p.hidden)
+        raise UsageError(f"preset {name!r} is not known; known presets: {known}")
+    return PRESETS[name]
+
+
+def resolve(
+    preset: Preset,
+    *,
+    prompt: str,
+    photo_size: Size | None = None,
+    size: str | None = None,
+    resolution: str | None = None,
+    fit: Fit | None = None,
+    num_frames: int | None = None,
+    seed: int | None = None,
+    strict: bool = False,
+    **fields: Any,
+) -> tuple[Request, list[str]]:
+    """A legal request, and a notice for every value that was snapped or drawn.
+
+    ``size`` is exact and implies ``fit`` crop (or pad); ``resolution`` sets an area, and with ``fit`` auto
+    (the default) takes the legal size nearest to the photo's aspect. ``strict`` refuses what would snap.
+    Raises ``UsageError`` with the value, the rule and the nearest legal value.
+    """
+    notices: list[str] = []
+    chosen, fit_used = _choose_size(preset.grid, photo_size, size, resolution, fit)
+    legal = preset.grid.snap(chosen)
+    if legal != chosen:
+        rule = f"size {chosen} is off the grid: sides must be multiples of {preset.grid.multiple}"
+        notices.append(_snap(rule, str(legal), strict))
+    asked_frames = 81 if num_frames is None else num_frames
+    legal_frames = preset.grid.snap_frames(asked_frames)
+    if legal_frames != asked_frames:
+        rule = f"num_frames {asked_frames} is off the grid: 4k+1 frames with k >= 1"
+        notices.append(_snap(rule, str(legal_frames), strict))
+    if seed is None or seed == -1:
+        seed = secrets.randbelow(2**31)
+        notices.append(f"seed drawn: {seed}")
+    values = {"fps": preset.fps, **preset.defaults, **{k: v for k, v in fields.items() if v is not None}}
+    try:
+        request = Request(
+            preset=preset.name,
+            prompt=prompt,
+            width=legal.width,
+            height=legal.height,
+            num_frames=legal_frames,
+            seed=seed,
+            fit=fit_used,
+            **values,
+        )
+    except ValidationError as error:
+        raise UsageError(_one_line(error)) from None
+    return request, notices
+
+
+def _choose_size(
+    grid: Grid, photo: Size | None, size: str | None, resolution: str | None, fit: Fit | None
+) -> tuple[Size, Literal["crop", "pad"]]:
+    if size is not None and resolution is not None:
+        raise UsageError(f"--size {size} and --resolution {resolution} both set the size; give one of them")
+    if fit not in (None, "auto", "crop", "pad"):
+        raise UsageError(f"fit {fit!r} is not known; use auto, crop or pad")
+    if size is not None:
+        if fit == "auto":
+            raise UsageError(f"--size {size} is exact, --fit auto chooses a size; use --fit crop or pad, or --resolution")
+        return Size.parse(size), fit or "crop"
+    if resolution is not None and resolution.lower() not in RESOLUTIONS:
+        raise UsageError(f"resolution {resolution!r} is not known; known: {', '.join(RESOLUTIONS)}")
+    area = grid.default_size.area if resolution is None else RESOLUTIONS[resolution.lower()]
+    aspect = photo.aspect if photo is not None and fit in (None, "auto") else grid.default_size.aspect
+    if max(area * aspect, area / aspect) > MAX_SIDE**2:
+        raise UsageError(f"photo aspect {aspect:.2f} is too extreme for {resolution or 'the default size'}; use --size")
+    return grid.size_for(area, aspect), "pad" if fit == "pad" else "crop"
+
+
+def _snap(rule: str, legal: str, strict: bool) -> str:
+    if strict:
+        raise UsageError(f"{rule}; nearest legal value: {legal}")
+    return f"{rule}; using {legal}"
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "request"
+    value = repr(first.get("input"))
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    return f"{where} {shown}: {first['msg'].removeprefix('Value error, ')}"
