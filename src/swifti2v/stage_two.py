@@ -231,6 +231,7 @@ class _BlockBuffer:
         self._stream = iter(stream)
         self._blocks: dict[int, Tensor] = {}
         self._pulled = 0
+        self._floor = 0
 
     def gather(self, blocks: tuple[int, ...]) -> Tensor:
         while self._pulled <= max(blocks):
@@ -238,9 +239,11 @@ class _BlockBuffer:
             if chunk is None:
                 raise RunError(f"the reference ends after {self._pulled} blocks; block {max(blocks)} is needed")
             for block in chunk.split(1, dim=2):
-                self._blocks[self._pulled] = block.float()
+                if self._pulled == 0 or self._pulled >= self._floor:
+                    self._blocks[self._pulled] = block.float()
                 self._pulled += 1
         return torch.cat([self._blocks[block] for block in blocks], dim=2)
 
     def drop_before(self, block: int) -> None:
+        self._floor = block
         self._blocks = {index: kept for index, kept in self._blocks.items() if index >= block or index == 0}
