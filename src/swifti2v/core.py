@@ -206,6 +206,7 @@ class Request(BaseModel):
     shift_2: float = Field(default=5.0, gt=0, le=100)
     strength_2: float = Field(default=1.0, gt=0, le=1)
     csg: CSG = CSG()
+    sampler_2: Literal["euler", "renoise"] = "euler"
     encode: Literal["lazy", "ahead"] = "lazy"
     exact_first_frame: bool = False
     image_sha256: str = ""

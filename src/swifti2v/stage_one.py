@@ -124,6 +124,10 @@ class MotionPlan:
     strength: float = 1.0
     round_timesteps_bf16: bool = False
 
+    @property
+    def num_windows(self) -> int:
+        return len(self.windows(generates_anchor=False))
+
     def windows(self, generates_anchor: bool) -> list[Window]:
         return list(
             motion_windows(

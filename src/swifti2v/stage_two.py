@@ -6,7 +6,7 @@ It knows blocks and noise levels; text, guidance and the network live in the ``V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +42,7 @@ def refine(
     sampling: Sampling,
     *,
     initial: Iterable[Tensor] | None = None,
-    finished: Sequence[Tensor] = (),
+    finished: Iterable[Tensor] = (),
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[Tensor]:
     """Denoise segment by segment; yields each finished segment (b, c, len(window.segment), h, w), float32.
@@ -57,11 +57,13 @@ def refine(
     references = _BlockBuffer(reference)
     starts = references if initial is None else _BlockBuffer(initial)
     outputs: dict[int, Tensor] = {}
+    held = iter(finished)
     for number, window in enumerate(plan):
         if window.anchor is not None and 0 not in outputs:
             outputs[0] = references.gather((0,))
-        if number < len(finished):
-            segment = finished[number].float()
+        kept = next(held, None)
+        if kept is not None:
+            segment = kept.float()
         else:
             x = _Segment(window, sampling, outputs, references.gather(window.blocks), starts.gather(window.segment))
             segment = x.denoise(velocity, None if on_step is None else _bind(on_step, number))

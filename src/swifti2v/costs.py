@@ -1,0 +1,322 @@
+"""What each network costs, in closed form: FLOPs, parameters and the peak of its activations.
+
+Architectures are data and no torch is imported, so that ``plan`` answers before anything loads.
+FLOPs are 2 a multiply-add, in matrix products, convolutions and attention. That every formula equals
+what ``meters`` counts on the meta device is a test, and so is the table in docs/decisions.
+Activation peaks follow the code as it is written in ``models`` (which temporaries are alive at once);
+they exclude kernel workspaces and allocator slack.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+TIMESTEP_FEATURES = 256
+
+
+class DiTCost(Protocol):
+    """A diffusion transformer over windows of ``blocks`` latent blocks with ``tokens`` tokens each, batch 1."""
+
+    @property
+    def parameters(self) -> int: ...
+
+    def flops(self, blocks: int, tokens: int) -> int: ...
+
+    def activation_bytes(self, blocks: int, tokens: int, itemsize: int) -> int: ...
+
+
+class VAECost(Protocol):
+    """A streaming VAE over ``positions`` latent positions a block; its state stays between chunks."""
+
+    @property
+    def parameters(self) -> int: ...
+
+    def encode_flops(self, positions: int, blocks: int) -> int: ...
+
+    def decode_flops(self, positions: int, blocks: int) -> int: ...
+
+    def encode_bytes(self, positions: int, blocks: int, itemsize: int) -> int: ...
+
+    def decode_bytes(self, positions: int, blocks: int, itemsize: int) -> int: ...
+
+    def encode_state(self, positions: int, itemsize: int) -> int: ...
+
+    def decode_state(self, positions: int, itemsize: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class WanDiTCost:
+    """A Wan transformer: the 2.1 14B I2V, the 2.2 TI2V-5B, or the 5B with 48 reference channels more.
+
+    ``timesteps``: how many the network embeds: one for the clip, one a ``block`` (ours), or one a ``token``
+    (stock TI2V-5B). ``image_tokens`` of ``image_dim``: CLIP states, in the 2.1 model only.
+    """
+
+    heads: int
+    layers: int
+    in_channels: int
+    out_channels: int
+    ffn: int
+    head_dim: int = 128
+    text_tokens: int = 512
+    text_dim: int = 4096
+    freq_dim: int = TIMESTEP_FEATURES
+    image_tokens: int = 0
+    image_dim: int = 0
+    patch: int = 4
+    timesteps: str = "block"
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    def _embedded_timesteps(self, blocks: int, tokens: int) -> int:
+        return {"clip": 1, "block": blocks, "token": blocks * tokens}[self.timesteps]
+
+    def flops(self, blocks: int, tokens: int) -> int:
+        """One forward over ``blocks`` x ``tokens`` tokens."""
+        d, n, text, image = self.width, blocks * tokens, self.text_tokens, self.image_tokens
+        ends = n * d * self.patch * (self.in_channels + self.out_channels)
+        times = self._embedded_timesteps(blocks, tokens) * (self.freq_dim * d + 7 * d * d)
+        texts = text * (self.text_dim * d + d * d)
+        images = image * (self.image_dim**2 + self.image_dim * d)
+        self_attention = 4 * n * d * d + 2 * n * n * d
+        cross_attention = 2 * n * d * d + 2 * (text + image) * d * d + 2 * n * (text + image) * d
+        layer = self_attention + cross_attention + 2 * n * d * self.ffn
+        return 2 * (ends + times + texts + images + self.layers * layer)
+
+    @property
+    def parameters(self) -> int:
+        d, has_image = self.width, self.image_dim > 0
+        attention = 4 * (d * d + d) + 2 * d
+        added = 2 * (d * d + d) + d if has_image else 0
+        layer = 2 * attention + added + 2 * d + 2 * d * self.ffn + self.ffn + d + 6 * d
+        times = self.freq_dim * d + d + d * d + d + 6 * (d * d + d)
+        texts = self.text_dim * d + d + d * d + d
+        i = self.image_dim
+        images = 2 * i + i * i + i + i * d + d + 2 * d if has_image else 0
+        ends = self.patch * d * (self.in_channels + self.out_channels) + d + self.patch * self.out_channels
+        return ends + times + texts + images + self.layers * layer + 2 * d
+
+    def activation_bytes(self, blocks: int, tokens: int, itemsize: int) -> int:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WanVAECost:
+    """``AutoencoderKLWan`` in streaming use; all counts are per latent position (``wan_vae_cost`` derives them).
+
+    FLOPs are linear in positions but for the mid block's attention, 4·channels·positions² a block. The first
+    block is one frame and skips the temporal layers. Bytes are in bfloat16: the peak while a block passes,
+    and the causal cache that stays.
+    """
+
+    parameters: int
+    encode_first: int
+    encode_next: int
+    encode_attention: int
+    decode_first: int
+    decode_next: int
+    decode_attention: int
+    encode_peak: int
+    encode_cache: int
+    decode_peak: int
+    decode_cache: int
+    latent_channels: int
+    stride: int
+
+    def encode_flops(self, positions: int, blocks: int) -> int:
+        linear = positions * (self.encode_first + (blocks - 1) * self.encode_next)
+        return linear + blocks * 4 * self.encode_attention * positions**2
+
+    def decode_flops(self, positions: int, blocks: int) -> int:
+        linear = positions * (self.decode_first + (blocks - 1) * self.decode_next)
+        return linear + blocks * 4 * self.decode_attention * positions**2
+
+    def encode_bytes(self, positions: int, blocks: int, itemsize: int) -> int:
+        return positions * self.encode_peak * itemsize // 2
+
+    def decode_bytes(self, positions: int, blocks: int, itemsize: int) -> int:
+        return positions * self.decode_peak * itemsize // 2
+
+    def encode_state(self, positions: int, itemsize: int) -> int:
+        return positions * self.encode_cache * itemsize // 2
+
+    def decode_state(self, positions: int, itemsize: int) -> int:
+        return positions * self.decode_cache * itemsize // 2
+
+
+@dataclass(frozen=True)
+class EncoderCost:
+    """A transformer encoder: UMT5, nano's T5 (``gated``, no biases), or CLIP's vision tower (``image_patch``)."""
+
+    layers: int
+    width: int
+    inner: int
+    ffn: int
+    tokens: int
+    vocabulary: int = 0
+    gated: bool = True
+    position_buckets: int = 0
+    positions_per_layer: bool = False
+    image_patch: int = 0
+
+    def flops(self) -> int:
+        """One forward over ``tokens`` tokens (CLIP: the class token and the patches)."""
+        n, matrices = self.tokens, 3 if self.gated else 2
+        layer = 4 * n * self.width * self.inner + matrices * n * self.width * self.ffn + 2 * n * n * self.inner
+        patches = (n - 1) * self.width * 3 * self.image_patch**2 if self.image_patch else 0
+        return 2 * (patches + self.layers * layer)
+
+    @property
+    def parameters(self) -> int:
+        d = self.width
+        matrices = 4 * d * self.inner + (3 if self.gated else 2) * d * self.ffn
+        if self.image_patch:
+            layer = matrices + 4 * d + self.ffn + d + 4 * d
+            return d + 3 * self.image_patch**2 * d + self.tokens * d + 4 * d + self.layers * layer
+        heads = self.position_buckets and self._heads
+        tables = self.layers if self.positions_per_layer else 1
+        return self.vocabulary * d + self.layers * (matrices + 2 * d) + d + tables * heads * self.position_buckets
+
+    @property
+    def _heads(self) -> int:
+        return self.inner // 64
+
+    def activation_bytes(self, itemsize: int) -> int:
+        """Scores in float32 beside their softmax, or the gated hidden layer, whichever is larger."""
+        scores = self.tokens**2 * max(1, self._heads) * (8 + itemsize)
+        return scores + self.tokens * (8 * self.width + 3 * self.ffn) * itemsize
+
+
+@dataclass(frozen=True)
+class MobileDiTCost:
+    """``MobileTransformer3DModel``, read from its ``config.json``; ``text_tokens`` is the prompt's length."""
+
+    in_channels: int
+    out_channels: int
+    width: int
+    heads: int
+    ffn: int
+    linear_layers: int
+    softmax_layers: int
+    normalized_layers: int
+    patch: int
+    reference_channels: int
+    text_dim: int
+    text_tokens: int
+    motion: bool
+    positions: bool
+
+    POSITION_FEATURES = 39
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], text_tokens: int) -> MobileDiTCost:
+        pattern = list(config["attention_pattern"])
+        norm = config["qk_norm"]
+        return cls(
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            width=config["hidden_size"],
+            heads=config["num_attention_heads"],
+            ffn=int(config["hidden_size"] * config["ffn_ratio"]),
+            linear_layers=pattern.count("linear"),
+            softmax_layers=pattern.count("softmax"),
+            normalized_layers=len(pattern) if norm == "all" else pattern.count(norm),
+            patch=config["patch_size"] ** 2,
+            reference_channels=config["reference_channels"],
+            text_dim=config["cross_attention_dim"] or 0,
+            text_tokens=text_tokens if config["cross_attention_dim"] else 0,
+            motion=config["motion_embedding"],
+            positions=config["absolute_positions"],
+        )
+
+    @property
+    def layers(self) -> int:
+        return self.linear_layers + self.softmax_layers
+
+    def flops(self, blocks: int, tokens: int) -> int:
+        d, n, text = self.width, blocks * tokens, self.text_tokens
+        head = d // self.heads
+        ends = n * d * self.patch * (self.in_channels + self.reference_channels + self.out_channels)
+        ends += n * self.POSITION_FEATURES * d if self.positions else 0
+        times = (blocks + int(self.motion)) * (TIMESTEP_FEATURES * d + 7 * d * d)
+        texts = text * (self.text_dim * d + d * d) + self.text_dim * d
+        layer = 4 * n * d * d + 2 * n * d * head  # projections; rotation is a product with a (head, head) matrix
+        layer += n * (3 * d * self.ffn + 18 * self.ffn)
+        if self.text_dim:
+            layer += 2 * n * d * d + 2 * text * d * d + 2 * n * text * d
+        linear, softmax = 2 * n * d * head + n * d, 2 * n * n * d
+        attention = self.linear_layers * linear + self.softmax_layers * softmax
+        return 2 * (ends + times + texts + self.layers * layer + attention)
+
+    @property
+    def parameters(self) -> int:
+        d, p = self.width, self.patch
+        ends = (self.in_channels + self.reference_channels) * p * d + d + (d + 1) * self.out_channels * p + 2 * d
+        ends += (self.POSITION_FEATURES + 1) * d if self.positions else 0
+        embed = TIMESTEP_FEATURES * d + d + d * d + d + 6 * (d * d + d)
+        layer = 4 * d * d + d + 6 * d + 3 * d * self.ffn + 2 * self.ffn + 18 * self.ffn + 2 * self.ffn
+        layer += 4 * (d * d + d) if self.text_dim else 0
+        texts = 2 * (self.text_dim * d + d) + d * d + d if self.text_dim else 0
+        extra = self.softmax_layers * 3 * d + self.normalized_layers * 2 * d
+        return ends + embed * (1 + int(self.motion)) + texts + self.layers * layer + extra
+
+    def activation_bytes(self, blocks: int, tokens: int, itemsize: int) -> int:
+        raise NotImplementedError
+
+
+WAN21_I2V_14B = WanDiTCost(
+    heads=40, layers=40, in_channels=36, out_channels=16, ffn=13824, image_tokens=257, image_dim=1280, timesteps="clip"
+)
+WAN22_TI2V_5B = WanDiTCost(heads=24, layers=30, in_channels=48, out_channels=48, ffn=14336, timesteps="token")
+SWIFTI2V_5B = WanDiTCost(heads=24, layers=30, in_channels=96, out_channels=48, ffn=14336)
+UMT5_XXL = EncoderCost(
+    layers=24,
+    width=4096,
+    inner=4096,
+    ffn=10240,
+    tokens=512,
+    vocabulary=256384,
+    position_buckets=32,
+    positions_per_layer=True,
+)
+CLIP_H = EncoderCost(layers=32, width=1280, inner=1280, ffn=5120, tokens=257, gated=False, image_patch=14)
+WAN21_VAE = WanVAECost(
+    parameters=126_892_531,
+    encode_first=426_039_296,
+    encode_next=1_280_731_136,
+    encode_attention=384,
+    decode_first=687_882_752,
+    decode_next=2_161_889_792,
+    decode_attention=384,
+    encode_peak=477_184,
+    encode_cache=179_712,
+    decode_peak=794_272,
+    decode_cache=302_656,
+    latent_channels=16,
+    stride=8,
+)
+WAN22_VAE = WanVAECost(
+    parameters=704_687_516,
+    encode_first=1_188_800_512,
+    encode_next=3_574_556_672,
+    encode_attention=640,
+    decode_first=5_830_775_296,
+    decode_next=18_835_608_064,
+    decode_attention=1024,
+    encode_peak=969_984,
+    encode_cache=301_312,
+    decode_peak=2_750_533,
+    decode_cache=913_600,
+    latent_channels=48,
+    stride=16,
+)
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """The ``config.json`` of one component of a model in diffusers layout."""
+    return json.loads((folder / component / "config.json").read_text())

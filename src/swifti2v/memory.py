@@ -1,0 +1,97 @@
+"""Where modules live and in which dtype: the only caller of ``.to`` for devices.
+
+The settings chosen here are recorded in the job's manifest: with them, equal requests give equal latents.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .core import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device, dtype of the transformers and VAEs, and CPU threads of one run, with the reason for the dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    reason: str
+
+    def settings(self) -> dict[str, str]:
+        return {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": str(self.threads),
+            "dtype_reason": self.reason,
+        }
+
+
+def choose_placement(device: str | None = None, dtype: str = "auto", threads: int | None = None) -> Placement:
+    """Check and complete the user's choice. Sets the process's thread count if ``threads`` is given.
+
+    Raises ``UsageError`` for a device that is not there, an unknown dtype, or a bad thread count.
+    """
+    place = _device(device)
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"threads {threads} is not positive")
+        torch.set_num_threads(threads)
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}")
+        return Placement(place, DTYPES[dtype], torch.get_num_threads(), "asked for")
+    if place.type != "cpu":
+        return Placement(place, torch.bfloat16, torch.get_num_threads(), "accelerator default")
+    rates = {name: matmul_rate(DTYPES[name]) for name in ("float32", "bfloat16")}
+    best = "bfloat16" if rates["bfloat16"] > 1.5 * rates["float32"] else "float32"
+    reason = f"matrix products here: float32 {rates['float32']:.0f}, bfloat16 {rates['bfloat16']:.0f} GFLOP/s"
+    return Placement(place, DTYPES[best], torch.get_num_threads(), reason)
+
+
+def matmul_rate(dtype: torch.dtype, rounds: int = 3) -> float:
+    """GFLOP/s of a matrix product of nano's shape on the CPU; the best of a few short rounds."""
+    a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype)
+    a @ b
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048 * 256 * 1024 / best / 1e9
+
+
+def place(module: nn.Module | None, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Move a module; with ``dtype``, cast it but for the parts its class keeps in float32."""
+    if module is None:
+        return
+    module.to(device)
+    if dtype is None or dtype == torch.float32:
+        return
+    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is not known; use cpu, cuda, cuda:0 or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device {name!r} is not there; use cpu")
+    return device

@@ -1,0 +1,214 @@
+"""Causal video VAEs as streams: encode and decode chunk by chunk, the causal cache held by the caller.
+
+Pixels are (b, 3, t, h, w) in [-1, 1]; latents (b, c, t, h, w), one block for frame 0 and one for every
+``temporal_stride`` frames after it. Outside this module latents are always normalized float32.
+This module knows neither files nor segments, and never decides where a network lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .tiled_decoder import TileCaches, Tiling, decode_tiled
+
+FeatureCache = list[Any]  # one entry per causal convolution: None, a tensor, or diffusers' marker "Rep"
+
+
+@runtime_checkable
+class StreamingVAE(Protocol):
+    """A causal VAE whose state travels in arguments; None starts a stream.
+
+    ``encode_chunk`` takes one frame at the start of a stream, then multiples of ``temporal_stride``, and gives
+    raw latents (the posterior's mode); ``decode_chunk`` takes any number of raw latent blocks and gives pixels,
+    not yet clamped. A state may be passed on only once: a call consumes the state that it is given.
+    ``latents_mean`` and ``latents_std`` are (c,), float32.
+    """
+
+    latent_channels: int
+    spatial_stride: int
+    temporal_stride: int
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def encode_chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+    def decode_chunk(self, z: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+
+@dataclass
+class WanStreamState:
+    """The causal cache of one stream. Mutable, so that old entries are freed one by one as new ones replace
+    them (12 GiB of them in a 2K decode); it belongs to one stream and is worthless after an error inside it."""
+
+    cache: FeatureCache
+    first: bool = True
+    tiles: TileCaches = field(default_factory=dict)
+
+
+class WanStreamingVAE:
+    """``AutoencoderKLWan`` (Wan2.1 and Wan2.2) as a ``StreamingVAE``. Holds the VAE, no state of any stream.
+
+    ``tiles`` = (rows, columns): decode the last layers tile by tile with a halo, exactly (tiled_decoder.py), for
+    less memory; None decodes whole. ``split``: how many up-blocks run whole before the tiles.
+    ``cache_device``: where the caches of waiting tiles are parked; None leaves them where they are.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        tiles: tuple[int, int] | None = None,
+        split: int = 2,
+        cache_device: torch.device | str | None = None,
+    ) -> None:
+        config = vae.config
+        self.vae = vae
+        self.latent_channels: int = config.z_dim
+        self.spatial_stride: int = 2 ** len(config.temperal_downsample) * (config.patch_size or 1)
+        self.temporal_stride: int = 2 ** sum(config.temperal_downsample)
+        self.latents_mean = torch.tensor(config.latents_mean, dtype=torch.float32)
+        self.latents_std = torch.tensor(config.latents_std, dtype=torch.float32)
+        self.tiling = None if tiles is None else Tiling.of(vae.decoder, *tiles, split=split, cache_device=cache_device)
+
+    @torch.no_grad()
+    def encode_chunk(
+        self, x: Float[Tensor, "b 3 t h w"], state: WanStreamState | None
+    ) -> tuple[Float[Tensor, "b c k h2 w2"], WanStreamState]:
+        """Raw latents (the posterior's mode) of 1 + 4k frames at the start of a stream, of 4k frames later."""
+        state = state or _fresh(self.vae.encoder)
+        x = patchify(self._enter(x), self.vae.config.patch_size or 1)
+        head = 1 if state.first else 0
+        groups, rest = divmod(x.shape[2] - head, self.temporal_stride)
+        if rest or x.shape[2] == 0:
+            raise ValueError(f"{x.shape[2]} frames are not {head} + a multiple of {self.temporal_stride}")
+        moments = []
+        # One group per call, also through quant_conv: the arithmetic then cannot depend on the chunking.
+        for group in x.split([1] * head + [self.temporal_stride] * groups, dim=2):
+            moments.append(self.vae.quant_conv(self.vae.encoder(group, feat_cache=state.cache, feat_idx=[0])))
+            state.first = False
+        return torch.cat([m.chunk(2, dim=1)[0] for m in moments], dim=2), state
+
+    @torch.no_grad()
+    def decode_chunk(
+        self, z: Float[Tensor, "b c k h2 w2"], state: WanStreamState | None
+    ) -> tuple[Float[Tensor, "b 3 t h w"], WanStreamState]:
+        """Pixels, not clamped, of any positive number of raw latent blocks."""
+        state = state or _fresh(self.vae.decoder)
+        if z.shape[2] == 0:
+            raise ValueError("a chunk of 0 latent blocks cannot be decoded")
+        blocks = [self.vae.post_quant_conv(block) for block in self._enter(z).split(1, dim=2)]
+        firsts = [state.first] + [False] * (len(blocks) - 1)
+        if self.tiling is not None:
+            x = decode_tiled(self.vae.decoder, blocks, firsts, (state.cache, state.tiles), self.tiling)
+        else:
+            decoder = self.vae.decoder
+            x = torch.cat(
+                [
+                    decoder(block, feat_cache=state.cache, feat_idx=[0], first_chunk=first)
+                    for block, first in zip(blocks, firsts, strict=True)
+                ],
+                dim=2,
+            )
+        state.first = False
+        return unpatchify(x, self.vae.config.patch_size or 1), state
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """Wake offload hooks, which fire only on forward/encode/decode, then follow the VAE's device and dtype."""
+        hook = getattr(self.vae, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.vae)
+        device = getattr(hook, "execution_device", None)
+        return x.to(device=self.vae.device if device is None else device, dtype=self.vae.dtype)
+
+
+def streaming(vae: Any) -> StreamingVAE:
+    """``vae`` as a ``StreamingVAE``: itself if it already streams, else the adapter of a Wan VAE."""
+    if isinstance(vae, AutoencoderKLWan):
+        return WanStreamingVAE(vae)
+    if isinstance(vae, StreamingVAE):
+        return vae
+    raise TypeError(f"{type(vae).__name__} has no encode_chunk/decode_chunk and is not an AutoencoderKLWan")
+
+
+def encode_stream(
+    vae: StreamingVAE, chunks: Iterable[Float[Tensor, "b 3 t h w"]]
+) -> Iterator[Float[Tensor, "b c k h2 w2"]]:
+    """Normalized float32 latents of a clip that arrives in chunks of any number of frames.
+
+    The first latent to come is block 0 alone, which depends on frame 0 only (so it is the anchor); then whole
+    blocks as soon as their frames are there. Concatenated, the same bits for any chunking. Closing the iterator
+    frees the state. Raises ValueError at the end if the frames seen are not 4k + 1.
+    """
+    state: Any = None
+    waiting: Tensor | None = None
+    seen = 0
+    for chunk in chunks:
+        seen += chunk.shape[2]
+        waiting = chunk if waiting is None else torch.cat([waiting, chunk], dim=2)
+        del chunk
+        if state is None and waiting.shape[2]:
+            z, state = _encode_group(vae, waiting[:, :, :1], None)
+            waiting = waiting[:, :, 1:]
+            yield z
+        latents = []
+        while waiting.shape[2] >= vae.temporal_stride:
+            z, state = _encode_group(vae, waiting[:, :, : vae.temporal_stride], state)
+            waiting = waiting[:, :, vae.temporal_stride :]
+            latents.append(z)
+        waiting = waiting.clone()  # not a view that keeps the whole chunk alive
+        if latents:
+            yield torch.cat(latents, dim=2)
+    if waiting is not None and waiting.shape[2]:
+        nearest = (seen - 1 + vae.temporal_stride // 2) // vae.temporal_stride * vae.temporal_stride + 1
+        raise ValueError(
+            f"{seen} frames do not fill whole latent blocks: a clip has a multiple of {vae.temporal_stride} frames "
+            f"and 1; nearest legal count: {nearest}"
+        )
+
+
+def decode_stream(
+    vae: StreamingVAE, latents: Iterable[Float[Tensor, "b c k h2 w2"]]
+) -> Iterator[Float[Tensor, "b 3 t h w"]]:
+    """Pixels, float32 clamped to [-1, 1], of normalized latents in chunks of any number of blocks.
+
+    One output per non-empty input; concatenated, the same bits for any chunking. Closing the iterator frees the state.
+    """
+    state: Any = None
+    for chunk in latents:
+        if chunk.shape[2] == 0:
+            continue
+        with torch.no_grad():
+            z = chunk.float() * _per_channel(vae.latents_std, chunk) + _per_channel(vae.latents_mean, chunk)
+            x, state = vae.decode_chunk(_as_parameters(vae, z), state)
+            x = x.float().clamp_(-1, 1)
+        yield x
+
+
+def _encode_group(vae: StreamingVAE, frames: Tensor, state: Any) -> tuple[Tensor, Any]:
+    with torch.no_grad():
+        z, state = vae.encode_chunk(_as_parameters(vae, frames), state)
+        z = z.float()
+        return (z - _per_channel(vae.latents_mean, z)) / _per_channel(vae.latents_std, z), state
+
+
+def _as_parameters(vae: StreamingVAE, x: Tensor) -> Tensor:
+    """x where and how a VAE that is itself a module computes; the adapter sees to that itself, after its hooks."""
+    if not isinstance(vae, nn.Module):
+        return x
+    like = next(iter(vae.parameters()), None)
+    return x if like is None else x.to(device=like.device, dtype=like.dtype)
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+
+
+def _fresh(coder: nn.Module) -> WanStreamState:
+    return WanStreamState([None] * sum(isinstance(m, WanCausalConv3d) for m in coder.modules()))

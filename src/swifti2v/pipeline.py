@@ -1,0 +1,337 @@
+"""SwiftI2VPipeline: the only place that knows both stages. ``stream`` is the whole system, read top to bottom.
+
+photo, request -> text -> Stage I motion -> hybrid reference -> CSG segments -> pixel chunks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+from torch import Tensor, nn
+
+from . import flow, presets
+from .core import Chunk, Event, Request, RunError
+from .media import read_image
+from .memory import Placement
+from .models.causal_vae import decode_stream, encode_stream, streaming
+from .models.text import encode_prompts, truncated_prompt
+from .reference import fit_image, hybrid_reference, shrink
+from .segments import windows
+from .sources import assemble_wan, fingerprint, local_folder
+from .stage_one import Conditions, MotionPlan, motion_latents
+from .stage_two import Sampling, dit_velocity, refine
+
+Emit = Callable[[Event], None]
+
+
+class Journal(Protocol):
+    """What a run needs of a job: the latents it already holds, and a place for new ones (``journal.Job``)."""
+
+    def motion(self) -> list[Tensor]: ...
+    def save_motion(self, number: int, latents: Tensor, blocks: Sequence[int]) -> None: ...
+    def stream(self, kind: Any) -> Iterator[Tensor]: ...
+    def save_segment(self, number: int, latents: Tensor, blocks: Sequence[int]) -> None: ...
+
+
+class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+    """One photo and a sentence to a high-resolution video, in two stages (arXiv 2605.06356).
+
+    ``transformer`` and ``vae`` are Stage I's, ``transformer_2`` and ``vae_2`` Stage II's (``vae_2`` None: the
+    same VAE); both stages share ``text_encoder``. ``preset`` names the grid and defaults (``presets.PRESETS``).
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae->transformer_2->vae_2"
+    _optional_components = ["image_encoder", "image_processor", "vae_2", "text_encoder", "tokenizer"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        transformer: nn.Module,
+        transformer_2: nn.Module,
+        vae: nn.Module,
+        scheduler: Any,
+        vae_2: nn.Module | None = None,
+        image_encoder: Any = None,
+        image_processor: Any = None,
+        preset: str = "nano",
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            transformer=transformer,
+            transformer_2=transformer_2,
+            vae=vae,
+            vae_2=vae_2,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            image_processor=image_processor,
+        )
+        self.register_to_config(preset=preset)
+        self.preset = presets.get(preset)
+        self.placement: Placement | None = None
+        self.sources: tuple[Path, ...] = ()
+        self.video_processor = VideoProcessor(vae_scale_factor=self.preset.grid.stage_two.stride)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> SwiftI2VPipeline:
+        """Load a preset that ships with the package ("nano"), a folder in diffusers layout, or a hub repository."""
+        folder = local_folder(str(pretrained_model_name_or_path), kwargs.get("local_files_only", False))
+        pipeline = super().from_pretrained(str(folder), **kwargs)
+        pipeline.sources = (folder,)
+        return pipeline
+
+    @classmethod
+    def from_wan(cls, stage_one: Any, stage_two: Any, *, preset: str = "wan", **kwargs: Any) -> SwiftI2VPipeline:
+        """Assemble public base checkpoints: Wan2.1-I2V-14B as Stage I and Wan2.2-TI2V-5B as Stage II.
+
+        Each is a folder in diffusers layout, a hub repository, or a loaded ``WanImageToVideoPipeline``. With preset
+        "wan" Stage II's input is widened for the reference by zeros: it equals the base model and ignores its
+        reference, so it is marked untrained and ``stream`` refuses it until it is trained. "wan-refine" keeps the
+        base model as it is and runs today.
+        """
+        components, sources = assemble_wan(stage_one, stage_two, widen=presets.get(preset).family == "wan", **kwargs)
+        pipeline = cls(**components, preset=preset)
+        pipeline.sources = sources
+        return pipeline
+
+    def fingerprint(self) -> dict[str, dict[str, str]]:
+        """``model_hashes``, ``versions`` and ``settings``: with these and the request, latents repeat exactly."""
+        return fingerprint(self.sources, self.placement)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        photo: Tensor,
+        request: Request,
+        *,
+        job: Journal | None = None,
+        motion: Iterable[Tensor] | None = None,
+        emit: Emit | None = None,
+        conditions: Conditions | None = None,
+    ) -> Iterator[Chunk]:
+        """Make the clip chunk by chunk: frame 0 at once, then each segment before the next is denoised.
+
+        ``photo`` (1, 3, 1, H, W) in [-1, 1], already of the request's size (``reference.fit_image``). ``job`` keeps
+        every finished window and segment, and what it holds is not made again. ``motion``: low-resolution pixel
+        chunks (1, 3, t, h, w) in place of Stage I. ``conditions``: precomputed embeddings. Closing the iterator
+        cancels between steps and frees everything. Raises RunError if Stage II is untrained or a segment is not
+        finite, ValueError if the photo has another size.
+        """
+        report = Reporter(emit)
+        self._check(photo, request)
+        grid, vae = self.preset.grid, streaming(self.vae_2 if self.vae_2 is not None else self.vae)
+        photo = photo.to(self._execution_device, torch.float32)
+        plan = list(windows(grid.blocks(request.num_frames), **_cut(request)))
+        report("started", "run", total=len(plan), message=f"{request.num_frames} frames of {request.size}")
+
+        def latents() -> Iterator[Tensor]:
+            yield next(iter(encode_stream(vae, [photo])))
+            told = conditions or self.encode(photo, request, report)
+            low = motion if motion is not None else self._decoded_motion(photo, request, told, job, report)
+            reference = encode_stream(vae, hybrid_reference(photo, low, request.size))
+            if request.encode == "ahead":
+                reference = iter(list(reference))
+            yield from self._segments(reference, request, told, job, report)
+
+        start = 0
+        for number, pixels in enumerate(decode_stream(vae, latents())):
+            if number == 0 and request.exact_first_frame:
+                pixels = photo
+            yield Chunk(pixels, start, number, len(plan))
+            start += pixels.shape[2]
+        report("completed", "run", len(plan), len(plan), len(plan))
+
+    @torch.no_grad()
+    def motion(
+        self, photo: Tensor, request: Request, *, job: Journal | None = None, emit: Emit | None = None
+    ) -> Iterator[Tensor]:
+        """Stage I alone: low-resolution pixel chunks (1, 3, t, h, w) in [-1, 1]."""
+        report = Reporter(emit)
+        photo = photo.to(self._execution_device, torch.float32)
+        yield from self._decoded_motion(photo, request, self.encode(photo, request, report), job, report)
+
+    def encode(self, photo: Tensor, request: Request, report: Reporter) -> Conditions:
+        """Text and image embeddings of a request; a notice if the prompt is too long for the text encoder."""
+        report("progress", "text", step=0, total=1)
+        cut = truncated_prompt(self.tokenizer, request.prompt, self.preset.prompt_tokens)
+        if cut:
+            message = f"the prompt is over {self.preset.prompt_tokens} tokens; not read: {cut!r}"
+            report("notice", "text", message=message)
+        guided = max(request.guidance_scale, request.guidance_scale_2) > 1
+        text = self.encode_prompt(request.prompt)
+        negative = self.encode_prompt(request.negative_prompt) if guided else None
+        image_embeds = self.encode_image(photo) if self.image_encoder is not None else None
+        report("progress", "text", step=1, total=1)
+        return Conditions(text, negative, image_embeds, request.guidance_scale)
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Text states (1, tokens, d), zero after the prompt's end."""
+        return encode_prompts(self.tokenizer, self.text_encoder, [prompt], self.preset.prompt_tokens)
+
+    def encode_image(self, photo: Tensor) -> Tensor:
+        """CLIP states (1, 257, d) of the photo: the last layer but one, as Wan2.1-I2V was trained."""
+        pixels = ((photo[0, :, 0].permute(1, 2, 0).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+        inputs = self.image_processor(images=Image.fromarray(pixels), return_tensors="pt")
+        parameter = next(self.image_encoder.parameters())
+        inputs = inputs.to(self._execution_device, parameter.dtype)
+        return self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any = None,
+        prompt: str = "",
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 81,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], Any] | None = None,
+        **request_fields: Any,
+    ) -> WanPipelineOutput | tuple[Any]:
+        """All frames at once, under diffusers' argument names; ``stream`` is the same without holding them.
+
+        ``image``: a PIL image or a path. ``generator`` serves only to draw the seed when none is given. Further
+        keywords are fields of ``core.Request`` (``num_inference_steps_2``, ``guidance_scale_2``, ``csg``, ...).
+        Returns ``WanPipelineOutput`` with ``frames`` as diffusers' video processor makes them of ``output_type``
+        ("np", "pt", "pil"). Raises ``core.UsageError`` for what cannot be made.
+        """
+        source = read_image(image)
+        if seed is None and generator is not None:
+            seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+        request, _ = presets.resolve(
+            self.preset,
+            prompt=prompt,
+            photo_size=source.size,
+            size=None if height is None or width is None else f"{width}x{height}",
+            num_frames=num_frames,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            image_sha256=source.sha256,
+            **request_fields,
+        )
+        photo = fit_image(source.pixels, request.size, request.fit)
+        with self.progress_bar(total=None) as bar:
+
+            def follow(event: Event) -> None:
+                if event.type == "progress" and event.phase in ("motion", "refine"):
+                    bar.update()
+                    if callback_on_step_end is not None:
+                        callback_on_step_end(self, event.step, event.total, {})
+
+            frames = torch.cat([chunk.frames.cpu() for chunk in self.stream(photo, request, emit=follow)], dim=2)
+        video = self.video_processor.postprocess_video(frames, output_type=output_type)
+        return WanPipelineOutput(frames=video) if return_dict else (video,)
+
+    def _check(self, photo: Tensor, request: Request) -> None:
+        expected = (1, 3, 1, request.height, request.width)
+        if tuple(photo.shape) != expected:
+            raise ValueError(f"photo has shape {tuple(photo.shape)}, the request needs {expected}; use fit_image")
+        if self.preset.family == "wan" and getattr(self.transformer_2.config, "reference_is_untrained", False):
+            raise RunError(
+                "Stage II is freshly widened and ignores its reference: train it (docs/architecture.md), "
+                "or use the preset wan-refine, which runs on the public weights"
+            )
+
+    def _decoded_motion(
+        self, photo: Tensor, request: Request, told: Conditions, job: Journal | None, report: Reporter
+    ) -> Iterator[Tensor]:
+        """Stage I, all of it (its latents are small), then decoded lazily."""
+        grid, vae = self.preset.grid, streaming(self.vae)
+        small = shrink(photo, grid.motion_size(request.size))
+        plan = MotionPlan(
+            grid.blocks(request.num_frames),
+            request.num_inference_steps,
+            request.shift,
+            request.seed,
+            grid.trained_blocks,
+            self.preset.overlap_blocks,
+            round_timesteps_bf16=request.csg.round_timesteps_bf16,
+        )
+        finished = job.motion() if job is not None else []
+        total = plan.num_windows * request.num_inference_steps
+
+        def on_step(window: int, step: int) -> None:
+            done = window * request.num_inference_steps + step
+            report("progress", "motion", segment=window + 1, step=done, total=total)
+
+        latents, block = [], 0
+        windows_of_latents = motion_latents(
+            self.transformer, vae, small, told, plan=plan, finished=finished, on_step=on_step
+        )
+        for number, window in enumerate(windows_of_latents):
+            if job is not None and number >= len(finished):
+                job.save_motion(number, window, range(block, block + window.shape[2]))
+            block += window.shape[2]
+            latents.append(window)
+        yield from decode_stream(vae, latents)
+
+    def _segments(
+        self, reference: Iterable[Tensor], request: Request, told: Conditions, job: Journal | None, report: Reporter
+    ) -> Iterator[Tensor]:
+        """Stage II, saving every segment before it is decoded: a failure in decode loses nothing."""
+        plan = list(windows(self.preset.grid.blocks(request.num_frames), **_cut(request)))
+        steps, held = request.num_inference_steps_2, 0
+        levels = flow.sigmas(steps, request.shift_2, start=request.strength_2)
+        sampling = Sampling(levels, request.seed, request.csg, sampler=request.sampler_2)
+        velocity = dit_velocity(
+            self.transformer_2,
+            told.text,
+            request.csg,
+            trained_blocks=self.preset.grid.trained_blocks,
+            guidance_scale=request.guidance_scale_2,
+            negative_text=told.negative_text,
+        )
+
+        def finished() -> Iterator[Tensor]:
+            nonlocal held
+            for segment in job.stream("segments") if job is not None else ():
+                held += 1
+                yield segment
+
+        def on_step(number: int, step: int) -> None:
+            report("progress", "refine", segment=number + 1, step=number * steps + step, total=len(plan) * steps)
+
+        segments = refine(velocity, reference, plan, sampling, finished=finished(), on_step=on_step)
+        for number, segment in enumerate(segments):
+            if job is not None and number >= held:
+                job.save_segment(number, segment, plan[number].segment)
+            report("segment", "refine", segment=number + 1, step=(number + 1) * steps, total=len(plan) * steps)
+            yield segment
+
+
+class Reporter:
+    """Turns what happens into ``Event``s with the seconds since the run began."""
+
+    def __init__(self, emit: Emit | None) -> None:
+        self._emit, self._begin = emit, time.monotonic()
+
+    def __call__(
+        self, type: Any, phase: str, segment: int = 0, step: int = 0, total: int = 0, message: str = ""
+    ) -> None:
+        if self._emit is not None:
+            self._emit(Event(type, phase, segment, step, total, time.monotonic() - self._begin, message))
+
+
+def _cut(request: Request) -> dict[str, int]:
+    return {"segment_blocks": request.csg.segment_blocks, "neighbor_blocks": request.csg.neighbor_blocks}
+
+

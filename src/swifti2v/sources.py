@@ -1,0 +1,160 @@
+"""Where a pipeline's weights come from: the package, a folder, the hub, or two public Wan checkpoints.
+
+``load`` is the door the CLI uses: everything is checked and placed, LoRAs are attached.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from . import presets
+from .core import UsageError
+from .memory import Placement, choose_placement, place
+from .models.self_check import self_check_conv3d
+from .models.wan import SwiftI2VTransformer3DModel
+from .presets import Preset
+from .weights import hash_files, load_lora
+
+if TYPE_CHECKING:
+    from .pipeline import SwiftI2VPipeline
+
+LIBRARIES = ("swifti2v", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
+
+
+def local_folder(name: str, local_files_only: bool = False) -> Path:
+    """The folder of a preset's name, a path, or a hub repository (downloaded by ``huggingface_hub``)."""
+    if name in presets.PRESETS and not Path(name).is_dir():
+        folder = presets.PRESETS[name].folder
+        if folder is None:
+            raise UsageError(f"preset {name!r} ships no weights; {_help_for(presets.PRESETS[name])}")
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.count("/") != 1:
+        raise UsageError(f"{name!r} is neither a preset, a folder in diffusers layout, nor a hub repository")
+    return Path(snapshot_download(name, local_files_only=local_files_only, ignore_patterns=["*.pth", "*.bin", "*.pt"]))
+
+
+def load(
+    preset: Preset,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    threads: int | None = None,
+    loras: Sequence[tuple[str, float]] = (),
+    loras_2: Sequence[tuple[str, float]] = (),
+) -> SwiftI2VPipeline:
+    """A pipeline ready to run, placed on ``device`` in ``dtype``, with LoRA files attached to either stage.
+
+    ``model``: a folder (or hub repository) in diffusers layout written by ``SwiftI2VPipeline.save_pretrained``; for
+    wan-refine also two Wan repositories joined by a comma. Raises UsageError if there are no weights to load.
+    """
+    from .pipeline import SwiftI2VPipeline
+
+    placement = choose_placement(device, dtype, threads)
+    self_check_conv3d(str(placement.device))
+    if model is None and preset.family == "nano":
+        model = preset.name
+    if model is not None and "," not in model:
+        pipeline = SwiftI2VPipeline.from_pretrained(model)
+    elif preset.family == "wan-refine":
+        one, two = model.split(",", 1) if model is not None else (preset.stage_one, preset.stage_two)
+        pipeline = SwiftI2VPipeline.from_wan(one, two, preset=preset.name, torch_dtype=placement.dtype)
+    else:
+        raise UsageError(f"preset {preset.name!r} has no public weights; {_help_for(preset)}")
+    for number, (stage, files) in enumerate((("one", loras), ("two", loras_2))):
+        names = []
+        for index, (path, weight) in enumerate(files):
+            names.append(f"{stage}_{index}")
+            load_lora(pipeline, path, adapter_name=names[-1], weight=weight, stage=stage)
+        if names:
+            target = pipeline.transformer if number == 0 else pipeline.transformer_2
+            target.set_adapters(names, [weight for _, weight in files])
+    place_pipeline(pipeline, placement)
+    return pipeline
+
+
+def place_pipeline(pipeline: SwiftI2VPipeline, placement: Placement) -> None:
+    """Transformers and VAEs in the placement's dtype (their own float32 parts kept), encoders as loaded."""
+    for name in ("transformer", "transformer_2", "vae", "vae_2"):
+        place(getattr(pipeline, name), placement.device, placement.dtype)
+    for name in ("text_encoder", "image_encoder"):
+        place(getattr(pipeline, name), placement.device)
+    pipeline.placement = placement
+
+
+def assemble_wan(
+    stage_one: Any, stage_two: Any, *, widen: bool, **kwargs: Any
+) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """Components of a ``SwiftI2VPipeline`` from two Wan image-to-video pipelines, and the folders they came from."""
+    sources = tuple(local_folder(str(s)) for s in (stage_one, stage_two) if not isinstance(s, DiffusionPipeline))
+    one, two = (_wan_components(s, kwargs) for s in (stage_one, stage_two))
+    base = two["transformer"]
+    names = ("tokenizer", "text_encoder", "image_encoder", "image_processor", "transformer", "vae")
+    components = {name: one.get(name) for name in names}
+    components["transformer_2"] = SwiftI2VTransformer3DModel.from_wan(base) if widen else base
+    components["vae_2"] = two["vae"]
+    components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    return components, sources
+
+
+def fingerprint(sources: Sequence[Path], placement: Placement | None) -> dict[str, dict[str, str]]:
+    """What has to be equal, beside the request, for latents to be equal."""
+    hashes: dict[str, str] = {}
+    for number, folder in enumerate(sources):
+        prefix = "" if len(sources) == 1 else f"stage_{number + 1}/"
+        hashes |= {prefix + name: digest for name, digest in hash_files(folder).items()}
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            versions[library] = "not installed"
+    settings = placement.settings() if placement is not None else {}
+    settings["attention"] = _attention_backend()
+    return {"model_hashes": hashes, "versions": versions, "settings": settings}
+
+
+def _attention_backend() -> str:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return str(_AttentionBackendRegistry.get_active_backend()[0].value)
+
+
+def _wan_components(source: Any, kwargs: dict[str, Any]) -> dict[str, nn.Module | Any]:
+    if isinstance(source, DiffusionPipeline):
+        return dict(source.components)
+    folder = local_folder(str(source))
+    dtype = kwargs.get("torch_dtype", torch.bfloat16)
+    found: dict[str, Any] = {
+        "transformer": WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype),
+        "vae": AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32),
+    }
+    if (folder / "text_encoder").is_dir():
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        found["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        found["text_encoder"] = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+    if (folder / "image_encoder").is_dir():
+        from transformers import CLIPVisionModel
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        found["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
+        found["image_encoder"] = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32)
+    return found
+
+
+def _help_for(preset: Preset) -> str:
+    if preset.family == "wan-refine":
+        return f"give --model {presets.WAN_STAGE_ONE},{presets.WAN_STAGE_TWO} or two local folders"
+    return "give --model FOLDER with a trained pipeline, use --preset wan-refine (public Wan weights), or --preset nano"

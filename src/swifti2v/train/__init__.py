@@ -1,0 +1,1 @@
+"""Training: synthetic clips now; objectives, loops and recipes later. Imported by nothing at run time."""
