@@ -160,6 +160,7 @@ class EncoderCost:
     tokens: int
     vocabulary: int = 0
     gated: bool = True
+    heads: int = 1
     position_buckets: int = 0
     positions_per_layer: bool = False
     image_patch: int = 0
@@ -178,17 +179,27 @@ class EncoderCost:
         if self.image_patch:
             layer = matrices + 4 * d + self.ffn + d + 4 * d
             return d + 3 * self.image_patch**2 * d + self.tokens * d + 4 * d + self.layers * layer
-        heads = self.position_buckets and self._heads
         tables = self.layers if self.positions_per_layer else 1
-        return self.vocabulary * d + self.layers * (matrices + 2 * d) + d + tables * heads * self.position_buckets
+        return self.vocabulary * d + self.layers * (matrices + 2 * d) + d + tables * self.heads * self.position_buckets
 
-    @property
-    def _heads(self) -> int:
-        return self.inner // 64
+    @classmethod
+    def from_t5(cls, config: dict[str, Any], tokens: int) -> EncoderCost:
+        """The encoder of a T5 ``config.json``."""
+        return cls(
+            layers=config["num_layers"],
+            width=config["d_model"],
+            inner=config["num_heads"] * config["d_kv"],
+            ffn=config["d_ff"],
+            tokens=tokens,
+            vocabulary=config["vocab_size"],
+            gated=config["feed_forward_proj"].startswith("gated"),
+            heads=config["num_heads"],
+            position_buckets=config["relative_attention_num_buckets"],
+        )
 
     def activation_bytes(self, itemsize: int) -> int:
         """Scores in float32 beside their softmax, or the gated hidden layer, whichever is larger."""
-        scores = self.tokens**2 * max(1, self._heads) * (8 + itemsize)
+        scores = self.tokens**2 * self.heads * (8 + itemsize)
         return scores + self.tokens * (8 * self.width + 3 * self.ffn) * itemsize
 
 
@@ -281,10 +292,11 @@ UMT5_XXL = EncoderCost(
     ffn=10240,
     tokens=512,
     vocabulary=256384,
+    heads=64,
     position_buckets=32,
     positions_per_layer=True,
 )
-CLIP_H = EncoderCost(layers=32, width=1280, inner=1280, ffn=5120, tokens=257, gated=False, image_patch=14)
+CLIP_H = EncoderCost(layers=32, width=1280, inner=1280, ffn=5120, tokens=257, gated=False, heads=16, image_patch=14)
 WAN21_VAE = WanVAECost(
     parameters=126_892_531,
     encode_first=426_039_296,

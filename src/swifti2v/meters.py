@@ -64,6 +64,23 @@ def _status_bytes(field: str) -> int:
     return 0
 
 
+class _FusedMetaAttention(TorchFunctionMode):
+    """Sends ``scaled_dot_product_attention`` on meta tensors to the fused CPU kernel's meta implementation.
+
+    Left alone, the meta device takes the unfused path and would be charged for materialized scores: the right
+    FLOPs, an absurd peak. Masks are dropped: shapes and costs do not depend on them.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, key, value = _query_key_value(*args, **(kwargs or {}))
+            if query.is_meta:
+                return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        return func(*args, **(kwargs or {}))
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of all tensors that were created under this mode and are alive; and their peak.
 
@@ -79,6 +96,18 @@ class LiveBytes(TorchDispatchMode):
         self.at = ""
         self._live: dict[int, int] = {}
         self._foreign: set[int] = set()
+        self._attention = _FusedMetaAttention()
+
+    def __enter__(self) -> LiveBytes:
+        self._attention.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._attention.__exit__(kind, error, trace)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -126,63 +155,35 @@ class FlopCount:
 
 
 class FlopMeter:
-    """Counts FLOPs inside a ``with`` block. Attention on meta tensors costs 4·b·h·l·s·d, as a fused kernel.
-
-    Without that, the meta device would fall back to materialized scores: right FLOPs, absurd memory.
-    """
+    """Counts FLOPs inside a ``with`` block, of real and of meta tensors."""
 
     def __init__(self) -> None:
         # Without this entry torch prices every attention kernel but the CPU's.
         cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
         self._counter = FlopCounterMode(display=False, custom_mapping=cpu_attention)
-        self._attention = _MetaAttention()
+        self._attention = _FusedMetaAttention()
 
     def __enter__(self) -> FlopMeter:
-        self._counter.__enter__()
         self._attention.__enter__()
+        self._counter.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._attention.__exit__(kind, error, trace)
         self._counter.__exit__(kind, error, trace)
+        self._attention.__exit__(kind, error, trace)
 
     @property
     def count(self) -> FlopCount:
         by_operation = self._counter.get_flop_counts().get("Global", {})
-        seen = sum(flops for operation, flops in by_operation.items() if "attention" in str(operation))
-        return FlopCount(self._counter.get_total_flops() + self._attention.flops, seen + self._attention.flops)
-
-
-class _MetaAttention(TorchFunctionMode):
-    """Answers ``scaled_dot_product_attention`` on meta tensors by its result's shape and FLOPs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        query, key, value = _query_key_value(*args, **kwargs)
-        if not query.is_meta:
-            return func(*args, **kwargs)
-        self.flops += _attention_flops(query.shape, key.shape, value.shape)
-        # Fused kernels keep the query's memory layout, which decides whether a later reshape copies.
-        return torch.empty_like(query) if key.shape[-1] == value.shape[-1] else _like(query, value)
+        attention = sum(flops for operation, flops in by_operation.items() if "attention" in str(operation))
+        return FlopCount(self._counter.get_total_flops(), attention)
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
     *batch, length, width = query
     return 2 * math.prod(batch) * length * key[-2] * (width + value[-1])
-
-
-def _like(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 def _query_key_value(

@@ -1,21 +1,17 @@
 """Checkpoints in, whole and strict; diffusers folders out; hashes of both.
 
-The only module (with ``lora``) that opens checkpoints and knows foreign key names. Nothing is ever
-dropped or filled in silently: every load returns a ``LoadReport``, and a file that does not fit is
+With ``checkpoints`` (files) and ``lora`` the only module that opens weights and knows foreign key names.
+Nothing is ever dropped or filled in silently: every load returns a ``LoadReport``, and a file that does not fit is
 refused in one line before any weight is used.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import pickle
 import re
 import shutil
 import uuid
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,18 +19,48 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, ModelMixin, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from diffusers.models.modeling_utils import no_init_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from .checkpoints import (
+    first_line,
+    hash_files,
+    hash_list,
+    locate,
+    read_files,
+    read_json,
+    read_tensors,
+    refuse,
+    sha256,
+    some,
+    verify,
+)
 from .core import RunError, UsageError
 
-PICKLES = (".pth", ".pt", ".bin", ".ckpt")
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "transformer.", "model.", "module.", "_orig_mod.")
-VAE_PREFIXES = ("first_stage_model.", "vae.", "model.", "module.", "_orig_mod.")
+__all__ = [
+    "LoadReport",
+    "hash_files",
+    "load_transformer",
+    "load_vae",
+    "read_tensors",
+    "sha256",
+    "verify",
+    "write_diffusers",
+]
+
+PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "pipe.dit.",
+    "transformer.",
+    "model.",
+    "module.",
+    "_orig_mod.",
+)
+VAE_PREFIXES = ("first_stage_model.", "vae.", "model.", "module.")
 HEAD_DIM = 128  # of every released Wan transformer; tiny models say theirs in config
 _ORIGINAL = re.compile(
     r"(^|\.)(self_attn|cross_attn|head|time_embedding|text_embedding|time_projection|img_emb|modulation)(\.|$)"
@@ -91,153 +117,6 @@ class LoadReport:
         return (("not in this file", self.missing), ("ignored", self.unexpected))
 
 
-def some(keys: Iterable[str], limit: int = 3) -> str:
-    """``5 keys: a, b, c, ...`` for one-line messages."""
-    names = sorted(keys)
-    more = ", ..." if len(names) > limit else ""
-    return f"{len(names)} key{'s' * (len(names) != 1)}: {', '.join(names[:limit])}{more}"
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name, memory-mapped on the CPU.
-
-    ``path`` is a ``.safetensors`` file, a ``*.safetensors.index.json`` or a folder that holds one of them.
-    Pickles (.pth, .pt, .bin, .ckpt) are opened with ``allow_pickle`` only, and then weights-only; a dict
-    wrapped in ``state_dict`` or ``model`` is unwrapped. Anything else, or anything damaged, is a UsageError.
-    """
-    return _read_all(locate(path, allow_pickle=allow_pickle), allow_pickle)
-
-
-def locate(path: str | Path, *, allow_pickle: bool = False) -> list[Path]:
-    """The files that make up a checkpoint: one file, or an index and its shards. Refuses missing ones."""
-    file = Path(path)
-    if file.is_dir():
-        file = _in_folder(file, allow_pickle)
-    if not file.is_file():
-        raise UsageError(f"{file.name}: no such checkpoint file ({file})")
-    if file.suffix in PICKLES and not allow_pickle:
-        raise UsageError(
-            f"{file.name} is a pickle, which can run code when it is opened; "
-            "convert it to .safetensors, or pass --allow-pickle if you trust its author"
-        )
-    if file.name.endswith(".index.json"):
-        return [file, *(file.parent / name for name in sorted(set(_weight_map(file).values())))]
-    if file.suffix != ".safetensors" and file.suffix not in PICKLES:
-        raise UsageError(f"{file.name} is not a checkpoint: expected .safetensors, .safetensors.index.json or a folder")
-    return [file]
-
-
-def _in_folder(folder: Path, allow_pickle: bool) -> Path:
-    for pattern in ("*.safetensors.index.json", "*.safetensors", *(f"*{p}" for p in PICKLES if allow_pickle)):
-        found = sorted(p for p in folder.glob(pattern) if p.is_file())
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise UsageError(f"{folder.name} holds {len(found)} checkpoints ({some(p.name for p in found)}); name one")
-    if (folder / "model_index.json").is_file():
-        raise UsageError(f"{folder.name} is a whole pipeline; give one of its folders, e.g. {folder.name}/transformer")
-    pickles = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
-    hint = f", only pickles ({pickles[0]}): convert them or pass --allow-pickle" if pickles else ""
-    raise UsageError(f"{folder.name} holds no .safetensors file{hint}")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    content = read_json(index).get("weight_map")
-    if not isinstance(content, dict) or not content or not all(isinstance(v, str) for v in content.values()):
-        raise UsageError(f"{index.name} is not a shard index: it has no weight_map of key to file name")
-    for name in sorted(set(content.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UsageError(f"{index.name} names the shard {name!r}, which is not a .safetensors file beside it")
-        if not (index.parent / name).is_file():
-            raise UsageError(f"{index.name} needs the shard {name}, which is missing")
-    return content
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file, or a UsageError naming it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path.name} is not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path.name} is not a JSON object")
-    return content
-
-
-def _read_all(files: list[Path], allow_pickle: bool) -> dict[str, Tensor]:
-    if not files[0].name.endswith(".index.json"):
-        return _read_pickle(files[0]) if files[0].suffix in PICKLES and allow_pickle else _read_safetensors(files[0])
-    listed = _weight_map(files[0])
-    tensors: dict[str, Tensor] = {}
-    for shard in files[1:]:
-        held = _read_safetensors(shard)
-        wanted = {key for key, name in listed.items() if name == shard.name}
-        if held.keys() != wanted:
-            raise UsageError(f"{shard.name} and {files[0].name} disagree about {some(held.keys() ^ wanted)}")
-        tensors.update(held)
-    return tensors
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The string metadata in a safetensors header; also checks the header against the file's length."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            body = stream.read(length) if length <= min(size - 8, 100_000_000) else b""
-    except OSError as error:
-        raise UsageError(f"cannot read {path.name}: {error.strerror}") from None
-    if size < 8:
-        raise UsageError(f"{path.name} is {'empty' if size == 0 else f'cut off after {size} bytes'}; fetch it again")
-    if start == b"version ":
-        raise UsageError(f"{path.name} is a Git LFS pointer, not the weights; run `git lfs pull`")
-    if not body:
-        raise UsageError(f"{path.name} is not whole safetensors: header of {length} bytes in a file of {size} bytes")
-    try:
-        header = json.loads(body)
-        metadata = header.pop("__metadata__", {})
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UsageError(f"{path.name} is not safetensors: its header of {length} bytes is not a tensor table") from None
-    if end != size:
-        raise UsageError(f"{path.name} is damaged: its header describes {end} bytes, the file has {size}")
-    return metadata
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    read_metadata(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
-        raise UsageError(f"{path.name} is damaged safetensors: {_first_line(error)}") from None
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    if path.stat().st_size == 0:
-        raise UsageError(f"{path.name} is empty; fetch it again")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
-        raise UsageError(f"{path.name} is not a plain dict of tensors in PyTorch format: {_first_line(error)}") from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content:
-        raise UsageError(f"{path.name} holds {type(content).__name__}, not a dict of named tensors")
-    wrong = [str(k) for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
-    if wrong:
-        raise UsageError(f"{path.name} holds things that are not tensors, {some(wrong)}")
-    return dict(content)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 # ------------------------------------------------------------------------------------------ transformer
 
 
@@ -245,7 +124,7 @@ def load_transformer(
     path: str | Path,
     *,
     config: Mapping[str, Any] | str | Path | None = None,
-    cls: type[ModelMixin] | None = None,
+    cls: type[Any] | None = None,
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
@@ -269,7 +148,10 @@ def load_transformer(
         tensors = {**beneath, **tensors}
         layout, files, found = f"{layout} over {base_layout}", [*files, *base_files], found or base_found
     wan = issubclass(cls, WanTransformer3DModel)
-    settings = {**(_infer_dit(tensors) if wan else {}), **found, **_overrides(config)}
+    inferred = _infer_dit(tensors) if wan else {}
+    if overlay and "in_channels" in inferred:  # trained tensors may widen the base's patch embedding
+        found = {**found, "in_channels": inferred["in_channels"]}
+    settings = {**inferred, **found, **_overrides(config)}
     if wan and "num_attention_heads" not in settings and "patch_embedding.weight" in tensors:
         raise UsageError(
             f"{name}: cannot tell the heads of width {tensors['patch_embedding.weight'].shape[0]}, not a multiple of "
@@ -278,28 +160,22 @@ def load_transformer(
     model, ignored = _fill(cls, settings, tensors, name, dtype)
     matched = (overlay or set(tensors)) - ignored
     missing = set(tensors) - ignored - matched
-    return model, LoadReport(name, layout, *(tuple(sorted(k)) for k in (matched, missing, ignored)), _hash_list(files))
+    keys = [tuple(sorted(group)) for group in (matched, missing, ignored)]
+    return model, LoadReport(name, layout, keys[0], keys[1], keys[2], hash_list(files))
 
 
-def _default_class() -> type[ModelMixin]:
+def _default_class() -> type[Any]:
     from .models.wan import SwiftI2VTransformer3DModel
 
     return SwiftI2VTransformer3DModel
 
 
-def refuse(name: str, what: str, keys: Iterable[str]) -> None:
-    """UsageError if there are any such keys."""
-    keys = list(keys)
-    if keys:
-        raise UsageError(f"{name} has {what}: {some(keys)}")
-
-
 def _read_dit(
-    path: str | Path, cls: type[ModelMixin], allow_pickle: bool
+    path: str | Path, cls: type[Any], allow_pickle: bool
 ) -> tuple[dict[str, Tensor], str, list[Path], dict[str, Any]]:
     files = locate(path, allow_pickle=allow_pickle)
     config = _folder_config(Path(path), cls)
-    raw, prefix = strip_prefixes(_read_all(files, allow_pickle), PREFIXES)
+    raw, prefix = strip_prefixes(read_files(files, allow_pickle), PREFIXES)
     name = Path(path).name
     if any("lora_" in key or key.endswith((".lora.up.weight", ".diff", ".diff_b")) for key in raw):
         raise UsageError(f"{name} is a LoRA, not a checkpoint; load it with --lora")
@@ -329,7 +205,7 @@ def strip_prefixes(tensors: dict[str, Tensor], prefixes: Iterable[str]) -> tuple
     return tensors, taken
 
 
-def _folder_config(folder: Path, cls: type[ModelMixin]) -> dict[str, Any]:
+def _folder_config(folder: Path, cls: type[Any]) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         return {}
     config = read_json(folder / "config.json")
@@ -386,7 +262,7 @@ def _fill(
         with no_init_weights(), init_empty_weights(include_buffers=False):
             model = cls.from_config(config)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"{name}: its config does not build a {cls.__name__}: {_first_line(error)}") from None
+        raise UsageError(f"{name}: its config does not build a {cls.__name__}: {first_line(error)}") from None
     wanted = model.state_dict()
     patterns = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or []
     ignored = {k for k in tensors.keys() - wanted.keys() if any(re.search(p, k) for p in patterns)}
@@ -414,7 +290,7 @@ def _cast(tensor: Tensor, key: str, dtype: torch.dtype | None, keep: Iterable[st
     return tensor.to(torch.float32 if any(part in keep for part in key.split(".")) else dtype)
 
 
-def write_diffusers(model: ModelMixin, folder: str | Path) -> Path:
+def write_diffusers(model: Any, folder: str | Path) -> Path:
     """Save in diffusers layout, whole or not at all; never onto something that exists."""
     folder = Path(folder)
     if folder.exists():
@@ -430,7 +306,7 @@ def write_diffusers(model: ModelMixin, folder: str | Path) -> Path:
                 os.fsync(stream.fileno())
         part.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write {folder}: {_first_line(error)}") from None
+        raise RunError(f"cannot write {folder}: {first_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -450,7 +326,7 @@ def load_vae(
     name = Path(path).name
     files = locate(path, allow_pickle=allow_pickle)
     found = _folder_config(Path(path), AutoencoderKLWan)
-    raw, prefix = strip_prefixes(_read_all(files, allow_pickle), VAE_PREFIXES)
+    raw, prefix = strip_prefixes(read_files(files, allow_pickle), VAE_PREFIXES)
     if any(key.startswith("encoder.downsamples.0.downsamples.") for key in raw):
         layout, tensors = "original Wan2.2 VAE", {_wan22_vae_key(key): value for key, value in raw.items()}
     elif any(key.startswith("encoder.downsamples.") for key in raw):
@@ -463,7 +339,7 @@ def load_vae(
     model, ignored = _fill(AutoencoderKLWan, settings, tensors, name, dtype)
     files = [Path(path) / "config.json", *files] if found else files
     layout = f"{layout}, prefix {prefix}" if prefix else layout
-    return model, LoadReport(name, layout, tuple(sorted(tensors)), (), tuple(ignored), _hash_list(files))
+    return model, LoadReport(name, layout, tuple(sorted(tensors)), (), tuple(ignored), hash_list(files))
 
 
 _VAE_PARTS = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
@@ -501,49 +377,3 @@ def _infer_vae(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
         if z_dim == len(WAN22_LATENTS_MEAN):
             config |= {"latents_mean": WAN22_LATENTS_MEAN, "latents_std": WAN22_LATENTS_STD}
     return config
-
-
-# ----------------------------------------------------------------------------------------------- hashes
-
-
-def sha256(path: str | Path) -> str:
-    """Hex digest of a file, read in 4 MiB pieces."""
-    digest, path = hashlib.sha256(), Path(path)
-    try:
-        with path.open("rb") as stream:
-            while piece := stream.read(1 << 22):
-                digest.update(piece)
-    except OSError as error:
-        raise UsageError(f"cannot read {path.name}: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def hash_files(source: str | Path | Iterable[str | Path]) -> dict[str, str]:
-    """Relative posix name -> SHA-256 of a folder's files (hidden ones left out), of one file, or of several."""
-    if isinstance(source, (str, Path)):
-        root = Path(source)
-        if not root.is_dir():
-            return {root.name: sha256(root)}
-        names = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
-        return {n.as_posix(): sha256(root / n) for n in names if not any(part.startswith(".") for part in n.parts)}
-    return _hash_list([Path(path) for path in source])
-
-
-def _hash_list(files: list[Path]) -> dict[str, str]:
-    unique = len({file.name for file in files}) == len(files)
-    return {file.name if unique else f"{file.parent.name}/{file.name}": sha256(file) for file in files}
-
-
-def verify(folder: str | Path, manifest: Mapping[str, str]) -> list[str]:
-    """One line for each file of ``manifest`` (name -> SHA-256) that is missing or differs, and each extra file."""
-    root, problems = Path(folder), []
-    for name, wanted in sorted(manifest.items()):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            problems.append(f"{name}: leaves the folder")
-        elif not (root / name).is_file():
-            problems.append(f"{name}: missing")
-        elif (got := sha256(root / name)) != wanted.lower():
-            problems.append(f"{name}: SHA-256 is {got[:12]}..., the manifest says {wanted[:12]}...")
-    present = (p.relative_to(root) for p in root.rglob("*") if p.is_file())
-    extra = {n.as_posix() for n in present if not any(part.startswith(".") for part in n.parts)} - manifest.keys()
-    return problems + [f"{name}: not in the manifest" for name in sorted(extra)]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, patchify, unpatchify
+from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -68,8 +68,8 @@ class WanStreamingVAE:
         split: int = 2,
         cache_device: torch.device | str | None = None,
     ) -> None:
-        config = vae.config
-        self.vae = vae
+        config: Any = vae.config
+        self.vae: Any = vae
         self.latent_channels: int = config.z_dim
         self.spatial_stride: int = 2 ** len(config.temperal_downsample) * (config.patch_size or 1)
         self.temporal_stride: int = 2 ** sum(config.temperal_downsample)
@@ -83,7 +83,7 @@ class WanStreamingVAE:
     ) -> tuple[Float[Tensor, "b c k h2 w2"], WanStreamState]:
         """Raw latents (the posterior's mode) of 1 + 4k frames at the start of a stream, of 4k frames later."""
         state = state or _fresh(self.vae.encoder)
-        x = patchify(self._enter(x), self.vae.config.patch_size or 1)
+        x = patchify(_enter(self.vae, x), self.vae.config.patch_size or 1)
         head = 1 if state.first else 0
         groups, rest = divmod(x.shape[2] - head, self.temporal_stride)
         if rest or x.shape[2] == 0:
@@ -103,7 +103,7 @@ class WanStreamingVAE:
         state = state or _fresh(self.vae.decoder)
         if z.shape[2] == 0:
             raise ValueError("a chunk of 0 latent blocks cannot be decoded")
-        blocks = [self.vae.post_quant_conv(block) for block in self._enter(z).split(1, dim=2)]
+        blocks = [self.vae.post_quant_conv(block) for block in _enter(self.vae, z).split(1, dim=2)]
         firsts = [state.first] + [False] * (len(blocks) - 1)
         if self.tiling is not None:
             x = decode_tiled(self.vae.decoder, blocks, firsts, (state.cache, state.tiles), self.tiling)
@@ -118,14 +118,6 @@ class WanStreamingVAE:
             )
         state.first = False
         return unpatchify(x, self.vae.config.patch_size or 1), state
-
-    def _enter(self, x: Tensor) -> Tensor:
-        """Wake offload hooks, which fire only on forward/encode/decode, then follow the VAE's device and dtype."""
-        hook = getattr(self.vae, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(self.vae)
-        device = getattr(hook, "execution_device", None)
-        return x.to(device=self.vae.device if device is None else device, dtype=self.vae.dtype)
 
 
 def streaming(vae: Any) -> StreamingVAE:
@@ -186,24 +178,30 @@ def decode_stream(
             continue
         with torch.no_grad():
             z = chunk.float() * _per_channel(vae.latents_std, chunk) + _per_channel(vae.latents_mean, chunk)
-            x, state = vae.decode_chunk(_as_parameters(vae, z), state)
+            x, state = vae.decode_chunk(_enter(vae, z), state)
             x = x.float().clamp_(-1, 1)
         yield x
 
 
 def _encode_group(vae: StreamingVAE, frames: Tensor, state: Any) -> tuple[Tensor, Any]:
     with torch.no_grad():
-        z, state = vae.encode_chunk(_as_parameters(vae, frames), state)
+        z, state = vae.encode_chunk(_enter(vae, frames), state)
         z = z.float()
         return (z - _per_channel(vae.latents_mean, z)) / _per_channel(vae.latents_std, z), state
 
 
-def _as_parameters(vae: StreamingVAE, x: Tensor) -> Tensor:
-    """x where and how a VAE that is itself a module computes; the adapter sees to that itself, after its hooks."""
-    if not isinstance(vae, nn.Module):
+def _enter(vae: object, x: Tensor) -> Tensor:
+    """Wake a module's offload hooks, which fire by themselves only on forward, then follow its device and dtype.
+
+    Objects that are not diffusers modules (the adapter, which enters its own VAE) take x as it is.
+    """
+    if not isinstance(vae, ModelMixin):
         return x
-    like = next(iter(vae.parameters()), None)
-    return x if like is None else x.to(device=like.device, dtype=like.dtype)
+    hook = getattr(vae, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(vae)
+    device = getattr(hook, "execution_device", None)
+    return x.to(device=vae.device if device is None else device, dtype=vae.dtype)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
 from torch import Tensor, nn
+
+from ..core import RunError
 
 TileCaches = dict[tuple[int, int], list[Any]]
 
@@ -36,7 +39,7 @@ class Tiling:
     @classmethod
     def of(
         cls,
-        decoder: nn.Module,
+        decoder: Any,
         rows: int,
         columns: int,
         *,
@@ -65,7 +68,7 @@ def reach(layers: list[nn.Module]) -> tuple[int, int]:
             if isinstance(module, WanAttentionBlock):
                 raise ValueError("attention sees the whole frame: it cannot run in tiles")
             if isinstance(module, nn.Upsample):
-                factor = int(max(module.scale_factor))
+                factor = int(torch.as_tensor(module.scale_factor).max())
                 depth, scale = depth * factor, scale * factor
             elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
                 depth += max(module.kernel_size[-2:]) // 2
@@ -73,7 +76,7 @@ def reach(layers: list[nn.Module]) -> tuple[int, int]:
 
 
 def decode_tiled(
-    decoder: nn.Module, blocks: list[Tensor], firsts: list[bool], caches: tuple[list[Any], TileCaches], tiling: Tiling
+    decoder: Any, blocks: list[Tensor], firsts: list[bool], caches: tuple[list[Any], TileCaches], tiling: Tiling
 ) -> Tensor:
     """``decoder`` on consecutive single latent blocks, (b, c, 1, h, w) each; ``firsts``: which one starts the clip.
 
@@ -81,8 +84,7 @@ def decode_tiled(
     travels from and to ``cache_device`` once per call however many blocks there are.
     """
     front, tiles = caches
-    if sum(map(_is_held_elsewhere, (decoder, decoder.conv_in))) == 1 and _is_held_elsewhere(decoder):
-        raise ValueError("exact tiles call the decoder's layers: use leaf-level instead of block-level group offload")
+    _refuse_block_offload(decoder)
     features = [
         _run_front(decoder, block, front, first, tiling.split) for block, first in zip(blocks, firsts, strict=True)
     ]
@@ -127,7 +129,7 @@ class _Span:
 def _spans(length: int, count: int, halo: int) -> list[_Span]:
     count = min(count, length)
     cuts = [length * i // count for i in range(count + 1)]
-    return [_Span(a, b, max(a - halo, 0), min(b + halo, length)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [_Span(a, b, max(a - halo, 0), min(b + halo, length)) for a, b in pairwise(cuts)]
 
 
 def _tiles(height: int, width: int, tiling: Tiling) -> list[tuple[tuple[int, int], _Span, _Span]]:
@@ -136,7 +138,7 @@ def _tiles(height: int, width: int, tiling: Tiling) -> list[tuple[tuple[int, int
     return [((i, j), y, x) for i, y in rows for j, x in columns]
 
 
-def _run_front(decoder: nn.Module, x: Tensor, cache: list[Any], first: bool, split: int) -> Tensor:
+def _run_front(decoder: Any, x: Tensor, cache: list[Any], first: bool, split: int) -> Tensor:
     index = [0]
     x = _cached_conv(decoder.conv_in, x, cache, index)
     x = decoder.mid_block(x, feat_cache=cache, feat_idx=index)
@@ -145,7 +147,7 @@ def _run_front(decoder: nn.Module, x: Tensor, cache: list[Any], first: bool, spl
     return x
 
 
-def _run_tail(decoder: nn.Module, x: Tensor, cache: list[Any], first: bool, split: int) -> Tensor:
+def _run_tail(decoder: Any, x: Tensor, cache: list[Any], first: bool, split: int) -> Tensor:
     index = [0]
     for block in decoder.up_blocks[split:]:
         x = block(x, feat_cache=cache, feat_idx=index, first_chunk=first)
@@ -163,7 +165,7 @@ def _cached_conv(conv: WanCausalConv3d, x: Tensor, cache: list[Any], index: list
     return out
 
 
-def _later_frames(decoder: nn.Module) -> int:
+def _later_frames(decoder: Any) -> int:
     return int(2 ** sum(decoder.temperal_upsample))
 
 
@@ -171,6 +173,8 @@ def _moved(entry: Any, device: torch.device) -> Any:
     return entry.to(device) if isinstance(entry, Tensor) else entry
 
 
-def _is_held_elsewhere(module: nn.Module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook("group_offloading") is not None
+def _refuse_block_offload(decoder: Any) -> None:
+    """Block-level group offload loads weights when ``decoder`` itself is called, which tiles never do."""
+    registry = getattr(decoder, "_diffusers_hook", None)
+    if registry is not None and registry.get_hook("group_offloading") is not None:
+        raise RunError("exact VAE tiles do not work with block-level group offload; use leaf_level or no tiles")

@@ -1,0 +1,340 @@
+"""The command line: parses, calls, prints, exits. Everything it does is a function of another module.
+
+Nothing heavy is imported before a verb needs it: ``swifti2v --help`` answers at once.
+Exit codes: 0 done, 1 failed after weights began to load, 2 refused before that, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from .progress import Mode
+
+PHOTO, SIZE, CLIP, MODEL, FILE, RUN = "What to make", "Size", "How", "Model", "File", "Run"
+
+
+def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **settings)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``generate`` and ``plan`` can be told. ``None``: the preset's or ``core.Request``'s default."""
+
+    image: Annotated[str | None, _option(PHOTO, "The photo, which becomes the first frame.", metavar="PHOTO")] = None
+    prompt: Annotated[str | None, _option(PHOTO, "What should happen, in words.", metavar="TEXT")] = None
+    negative_prompt: Annotated[str | None, _option(PHOTO, "What should not happen.", metavar="TEXT")] = None
+    num_frames: Annotated[int | None, _option(PHOTO, "Frames, 4k+1 (default 81).")] = None
+    duration: Annotated[str | None, _option(PHOTO, "Length in seconds instead, e.g. 5s.", metavar="SECONDS")] = None
+    seed: Annotated[int | None, _option(PHOTO, "Same seed, same video (default: drawn and recorded).")] = None
+    fps: Annotated[float | None, _option(PHOTO, "Frames a second (default: the preset's).")] = None
+
+    size: Annotated[str | None, _option(SIZE, "Exact size, e.g. 2560x1408; crops the photo.", metavar="WxH")] = None
+    resolution: Annotated[
+        str | None, _option(SIZE, "360p, 720p, 1080p or 2k, in the photo's aspect (default 2k).", metavar="NAME")
+    ] = None
+    fit: Annotated[str | None, _option(SIZE, "auto, crop or pad.", metavar="HOW")] = None
+    strict: Annotated[bool, _option(SIZE, "Refuse sizes and lengths off the grid instead of snapping.", "--strict")] = (
+        False
+    )
+
+    num_inference_steps: Annotated[int | None, _option(CLIP, "Steps of stage I.")] = None
+    num_inference_steps_2: Annotated[
+        int | None, _option(CLIP, "Steps of stage II.", "--num-inference-steps-2")
+    ] = None
+    guidance_scale: Annotated[float | None, _option(CLIP, "Prompt guidance of stage I (1: off).")] = None
+    guidance_scale_2: Annotated[
+        float | None, _option(CLIP, "Prompt guidance of stage II (1: off).", "--guidance-scale-2")
+    ] = None
+    segment_blocks: Annotated[int | None, _option(CLIP, "Latent blocks denoised together.")] = None
+    neighbor_blocks: Annotated[int | None, _option(CLIP, "Finished blocks they see.")] = None
+    rope_positions: Annotated[str | None, _option(CLIP, "clamped, absolute or window.", metavar="RULE")] = None
+    encode: Annotated[str | None, _option(CLIP, "lazy (first frames soon) or ahead.", metavar="WHEN")] = None
+    exact_first_frame: Annotated[
+        bool, _option(CLIP, "Frame 0 is the fitted photo itself, not its decoded latent.", "--exact-first-frame")
+    ] = False
+    motion: Annotated[
+        str | None, _option(CLIP, "Refine this low-resolution video instead of stage I.", metavar="FILE")
+    ] = None
+    preview: Annotated[bool, _option(CLIP, "Stop after stage I; resume the job to finish.", "--preview")] = False
+
+    preset: Annotated[str, _option(MODEL, "nano (default), wan, wan-refine.", metavar="NAME")] = "nano"
+    model: Annotated[str | None, _option(MODEL, "Folder with the preset's weights.", metavar="PATH")] = None
+    lora: Annotated[list[str] | None, _option(MODEL, "LoRA for stage I; repeatable.", metavar="PATH[:WEIGHT]")] = None
+    lora_2: Annotated[
+        list[str] | None, _option(MODEL, "LoRA for stage II; repeatable.", "--lora-2", metavar="PATH[:WEIGHT]")
+    ] = None
+
+    output: Annotated[
+        str | None, _option(FILE, "NAME.mp4, a folder ending in /, or NAME.png for a PNG sequence.", metavar="FILE")
+    ] = None
+    codec: Annotated[str, _option(FILE, "h264 (default), h265 or av1.", metavar="NAME")] = "h264"
+    bit_depth: Annotated[int, _option(FILE, "8 (default) or 10.")] = 8
+    crf: Annotated[int | None, _option(FILE, "Quality of the codec, lower is better.")] = None
+    no_metadata: Annotated[bool, _option(FILE, "Do not write the request into the file.", "--no-metadata")] = False
+    keep_job: Annotated[bool, _option(FILE, "Keep the job folder when done.", "--keep-job")] = False
+
+    dtype: Annotated[str, _option(RUN, "auto (default), float32 or bfloat16.", metavar="NAME")] = "auto"
+    device: Annotated[str | None, _option(RUN, "cpu, cuda, cuda:1, mps (default: the best there is).")] = None
+    threads: Annotated[int | None, _option(RUN, "CPU threads.")] = None
+    dry_run: Annotated[bool, _option(RUN, "Check everything, print the plan, make nothing.", "--dry-run")] = False
+    json: Annotated[bool, _option(RUN, "Events as JSON lines on stdout.", "--json")] = False
+    quiet: Annotated[bool, _option(RUN, "Print nothing but errors.", "--quiet")] = False
+    debug: Annotated[bool, _option(RUN, "Show the traceback of an error.", "--debug")] = False
+
+
+class OneLineErrors(TyperGroup):
+    """A command group whose own errors (unknown options, bad values) are one line, like all others."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> NoReturn:
+        try:
+            sys.exit(super().main(*args, standalone_mode=False, **extra) or 0)
+        except _click_exception() as error:
+            # No arguments at all: click raises the help as an error.
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.format_message())
+                sys.exit(2)
+            _fail(error.format_message(), 2)
+
+
+app = typer.Typer(
+    name="swifti2v",
+    cls=OneLineErrors,
+    help="One photo and a sentence in, a 2K video out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models = typer.Typer(help="List presets, verify shipped weights.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
+Output = Annotated[str | None, typer.Option(metavar="FILE", help="Where to write the video.", show_default=False)]
+
+
+def takes_options(verb: Callable[[Options], None]) -> Callable[..., None]:
+    """Give a verb every field of ``Options`` as a command-line option, so that no list is written twice."""
+    hints = get_type_hints(Options, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
+        for field in dataclasses.fields(Options)
+    ]
+
+    def command(**values: Any) -> None:
+        verb(Options(**values))
+
+    command.__doc__, command.__name__ = verb.__doc__, verb.__name__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = hints
+    return command
+
+
+@app.command()
+@takes_options
+def generate(options: Options) -> None:
+    """Make a video from a photo."""
+    with reported(options.debug):
+        from . import produce
+
+        order = produce.prepare(options)
+        if options.dry_run:
+            _print_plan(produce.plan_of(options), options.json, order.notices)
+            return
+        _run(lambda emit: produce.start(order, emit), _mode(options.json, options.quiet))
+
+
+@app.command()
+@takes_options
+def plan(options: Options) -> None:
+    """What a video would cost in time, memory and disk, before anything loads."""
+    with reported(options.debug):
+        from . import produce
+
+        _print_plan(produce.plan_of(options), options.json, ())
+
+
+@app.command()
+def resume(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="The NAME.job folder of an interrupted run.")],
+    model: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are now.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Even if weights or libraries changed.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Continue an interrupted run; the result is the same as if it had not been."""
+    with reported(debug):
+        from . import produce
+
+        _run(lambda emit: produce.resume(Path(job), emit, model=model, force=force), _mode(json, quiet))
+
+
+@app.command()
+def info(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A video made by swifti2v.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What made a file: prompt, seed, sizes, weights, versions."""
+    with reported(debug):
+        from . import produce
+
+        record = produce.metadata_of(Path(file))
+        _print_record(record, as_json=json)
+
+
+@app.command()
+def rerun(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A video made by swifti2v.")],
+    image: Annotated[str | None, typer.Option(metavar="PHOTO", help="The photo, if it is not found.")] = None,
+    output: Output = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a file again from what it says about itself; finds the photo by its checksum."""
+    with reported(debug):
+        from . import produce
+
+        order = produce.prepare_again(Path(file), image=image, output=output)
+        _run(lambda emit: produce.start(order, emit), _mode(json, quiet))
+
+
+@models.command("list")
+def models_list(json: Json = False, debug: Debug = False) -> None:
+    """Presets, where their weights come from, and whether they are here."""
+    with reported(debug):
+        from . import shipped
+
+        _print_rows(["preset", "weights", "from", "what"], shipped.rows(), as_json=json)
+
+
+@models.command("verify")
+def models_verify(
+    write: Annotated[bool, typer.Option("--write", hidden=True)] = False, debug: Debug = False
+) -> None:
+    """Compare the shipped weights with their recorded checksums."""
+    with reported(debug):
+        from . import shipped
+
+        if write:
+            print(f"wrote {shipped.write_manifest()} checksums")
+        else:
+            print(f"{shipped.verify()} files are as shipped")
+
+
+@app.command()
+def doctor(
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the measurements.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check this machine, measure it, and tell how long a video takes here."""
+    with reported(debug):
+        from . import doctor as checks
+
+        findings = list(checks.examine(quick=quick))
+        _print_rows(["", "check", "found"], [item.row() for item in findings], as_json=json)
+        if any(item.ok is False for item in findings):
+            sys.exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The ``swifti2v`` command: runs and exits."""
+    app(args=arguments, prog_name="swifti2v")
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Errors that a person can do something about become one line and an exit code; bugs keep their traceback."""
+    from .core import UsageError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except (OSError, MemoryError, RuntimeError, ValueError) as error:
+        if debug:
+            raise
+        message = str(error) or type(error).__name__
+        _fail(message, 2 if isinstance(error, UsageError) else 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _click_exception() -> Any:
+    """Click's base error, whether typer brings its own copy of click or uses the installed one."""
+    return next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
+def _mode(json: bool, quiet: bool) -> Mode:
+    return "json" if json else "quiet" if quiet else "auto"
+
+
+def _run(work: Callable[[Any], Path], mode: Mode) -> None:
+    """Do the work under the view, then print where the result is."""
+    from .progress import view
+
+    with view(mode) as emit:
+        path = work(emit)
+    if mode == "auto":
+        print(path)
+
+
+def _print_plan(plan: Any, as_json: bool, notices: Sequence[str]) -> None:
+    if as_json:
+        print(plan.to_json())
+        return
+    for line in (*notices, *plan.lines()):
+        print(line)
+
+
+def _print_record(record: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        import json
+
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    _print_rows(["", ""], [[key, str(value)] for key, value in _flat(record)], as_json=False)
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value not in (None, "", [], ()):
+            yield prefix + key, value
+
+
+def _print_rows(titles: list[str], rows: Sequence[Sequence[str]], *, as_json: bool) -> None:
+    """A table for people, or JSON objects by title."""
+    if as_json:
+        import json
+
+        print(json.dumps([dict(zip(titles, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*titles, box=None, show_header=any(titles), pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    Console(soft_wrap=False).print(table)

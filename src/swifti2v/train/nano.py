@@ -1,0 +1,193 @@
+"""Training clips for nano: photos in, latents out, as a pure function of (seed, step).
+
+Stage I learns motion: the reference is the motionless photo, the clean latents are the moving camera's.
+Stage II learns detail: the reference is the clip shrunk to a quarter, sent through the VAE and enlarged, as
+Stage I's output will be. Both hold finished blocks first and say how many.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..core import Size
+from ..models.nano_vae import NanoVAE
+from ..reference import resize
+from ..segments import Window
+from .prompts import AMPLITUDE_FRAMES, caption
+from .synthetic import Scene, make_scene, render
+
+TRAINED_BLOCKS = 21
+PHOTO_SIDE = 2048  # photos are kept in memory at most this wide
+STAGE_ONE_SIZES = (
+    (Size(640, 352), 0.45),
+    (Size(352, 640), 0.1),
+    (Size(480, 480), 0.1),
+    (Size(320, 176), 0.25),
+    (Size(176, 320), 0.1),
+)
+STAGE_TWO_SIZES = ((Size(640, 384), 0.4), (Size(384, 640), 0.2), (Size(512, 512), 0.2), (Size(960, 512), 0.2))
+STAGE_TWO_SCALE = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``clean`` and ``reference`` (b, c, t, h, w), normalized; the first ``context`` blocks are finished."""
+
+    clean: Tensor
+    reference: Tensor
+    prompts: tuple[str, ...]
+    frame_indices: Tensor
+    context: int
+
+
+class Photos:
+    """The photos of one split as uint8 tensors (3, h, w), in memory; mirrored at random."""
+
+    def __init__(self, listing: Path, split: str) -> None:
+        rows = [json.loads(line) for line in listing.read_text().splitlines()]
+        names = sorted((row["sha256"], row["path"]) for row in rows if row["split"] == split)
+        self.names = [Path(path).name for _, path in names]
+        self._pictures = [_load(listing.parent / path, listing.parent / "cache" / f"{sha}.npy") for sha, path in names]
+        if not self._pictures:
+            raise ValueError(f"{listing} lists no photo of split {split!r}")
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self._pictures[index]).permute(2, 0, 1)
+
+    def pick(self, rng: random.Random) -> Tensor:
+        photo = self[rng.randrange(len(self))]
+        return photo.flip(2) if rng.random() < 0.5 else photo
+
+
+def _load(path: Path, cache: Path) -> np.ndarray:
+    """(h, w, 3) uint8, decoded once."""
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        picture.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
+        np.save(cache, np.asarray(picture))
+    return np.load(cache)
+
+
+def block_frames(block: int) -> range:
+    return range(0, 1) if block == 0 else range(4 * block - 3, 4 * block + 1)
+
+
+@torch.no_grad()
+def encode_blocks(vae: NanoVAE, first: Tensor, rest: Tensor | None) -> Tensor:
+    """Normalized latents (1, c, t, h, w) of frame 0 (3, 1, h, w) and of later groups of four (3, 4k, h, w)."""
+    z, state = vae.encode_chunk(first[None], None)
+    parts = [z]
+    if rest is not None:
+        parts.append(vae.encode_chunk(rest[None], state)[0])
+    shape = (1, -1, 1, 1, 1)
+    return (torch.cat(parts, dim=2).float() - vae.latents_mean.view(shape)) / vae.latents_std.view(shape)
+
+
+@torch.no_grad()
+def decode_blocks(vae: NanoVAE, latents: Tensor) -> Tensor:
+    """Pixels (3, 1 + 4k, h, w) of normalized latents (1, c, 1 + k, h, w)."""
+    shape = (1, -1, 1, 1, 1)
+    z = latents * vae.latents_std.view(shape) + vae.latents_mean.view(shape)
+    first, state = vae.decode_chunk(z[:, :, :1], None)
+    if z.shape[2] == 1:
+        return first[0].clamp(-1, 1)
+    return torch.cat([first, vae.decode_chunk(z[:, :, 1:], state)[0]], dim=2)[0].clamp(-1, 1)
+
+
+def stage_one_latents(vae: NanoVAE, scene: Scene, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Clean and motionless latents (1, c, 1 + len(blocks), h, w): block 0, then ``blocks`` (each at least 1)."""
+    frames = [frame for block in blocks for frame in block_frames(block)]
+    photo = scene.photo[:, None]
+    clean = encode_blocks(vae, photo, render(scene, frames))
+    still = encode_blocks(vae, photo, photo.expand(-1, 4, -1, -1))
+    reference = torch.cat([still[:, :, :1], still[:, :, 1:].expand(-1, -1, len(blocks), -1, -1)], dim=2)
+    return clean, reference
+
+
+def stage_one_batch(vae: NanoVAE, photos: Photos, rng: random.Random) -> Batch:
+    """The anchor and 5 of blocks 1..20 (any, or consecutive), or all 20; one size and blocks for the batch."""
+    size = _weighted(rng, STAGE_ONE_SIZES)
+    small = size.area < 100_000
+    kind = rng.random()
+    if kind < (0.35 if small else 0.12):
+        blocks, count = list(range(1, TRAINED_BLOCKS)), 2 if small else 1
+    elif kind < 0.6:
+        start = rng.randint(1, TRAINED_BLOCKS - 5)
+        blocks, count = list(range(start, start + 5)), 6 if small else 2
+    else:
+        blocks, count = sorted(rng.sample(range(1, TRAINED_BLOCKS), 5)), 6 if small else 2
+    items, prompts = [], []
+    for _ in range(count):
+        asked = caption(rng)
+        scene = make_scene(photos.pick(rng), size, asked.motion, AMPLITUDE_FRAMES, rng)
+        items.append(stage_one_latents(vae, scene, blocks))
+        prompts.append(asked.prompt)
+    clean, reference = (torch.cat(parts) for parts in zip(*items, strict=True))
+    return Batch(clean, reference, tuple(prompts), torch.tensor([0, *blocks]), 1)
+
+
+def low_resolution(vae: NanoVAE, frames: Tensor, rng: random.Random) -> Tensor:
+    """What Stage I would hand over: (3, 1 + 4k, h, w) shrunk to a quarter and sent through the VAE and, sometimes,
+    softened, since what Stage I moves it blurs."""
+    size = Size(frames.shape[3], frames.shape[2])
+    small = Size(size.width // STAGE_TWO_SCALE, size.height // STAGE_TWO_SCALE)
+    low = _resize(frames, small)
+    if rng.random() < 0.35:
+        softness = rng.uniform(0.4, 0.9)
+        low = _resize(_resize(low, Size(round(small.width * softness), round(small.height * softness))), small)
+    latents = encode_blocks(vae, low[:, :1], low[:, 1:])
+    return _resize(decode_blocks(vae, latents), size)
+
+
+def stage_two_latents(vae: NanoVAE, scene: Scene, blocks: Sequence[int], rng: random.Random) -> tuple[Tensor, Tensor]:
+    """Clean and hybrid reference latents (1, c, 1 + len(blocks), h, w): block 0, then ``blocks``."""
+    frames = [0, *(frame for block in blocks for frame in block_frames(block))]
+    clip = render(scene, frames)
+    clean = encode_blocks(vae, clip[:, :1], clip[:, 1:])
+    enlarged = low_resolution(vae, clip, rng)
+    return clean, encode_blocks(vae, clip[:, :1], enlarged[:, 1:])
+
+
+def stage_two_window(rng: random.Random) -> Window:
+    """A CSG window: mostly one neighbor and three blocks, anywhere up to block 80."""
+    start = rng.randint(1, 20) if rng.random() < 0.5 else rng.randint(1, 80)
+    length = 3 if rng.random() < 0.6 else rng.choice((1, 2, 4, 5))
+    neighbors = 0 if rng.random() < 0.15 else 1
+    return Window(0, tuple(range(max(1, start - neighbors), start)), tuple(range(start, start + length)))
+
+
+def stage_two_batch(vae: NanoVAE, photos: Photos, rng: random.Random) -> Batch:
+    """One window shape for the batch; amplitudes shrink for late windows, so that the photo still holds them."""
+    size, window = _weighted(rng, STAGE_TWO_SIZES), stage_two_window(rng)
+    last = 4 * window.blocks[-1]
+    items = []
+    for _ in range(2 if size.area * len(window.blocks) < 1_600_000 else 1):
+        motion = caption(rng).motion.scaled(rng.uniform(0.3, 1.3) * min(1.0, AMPLITUDE_FRAMES / last))
+        scene = make_scene(photos.pick(rng), size, motion, last, rng)
+        items.append(stage_two_latents(vae, scene, window.blocks[1:], rng))
+    clean, reference = (torch.cat(parts) for parts in zip(*items, strict=True))
+    rule = "absolute" if rng.random() < 0.25 else "clamped"
+    positions = window.positions(rule, TRAINED_BLOCKS)
+    return Batch(clean, reference, (), torch.tensor(positions), len(window.context))
+
+
+def _weighted(rng: random.Random, options: Sequence[tuple[Size, float]]) -> Size:
+    return rng.choices([size for size, _ in options], [weight for _, weight in options])[0]
+
+
+def _resize(frames: Tensor, size: Size) -> Tensor:
+    """(3, t, h, w), frame by frame as at inference."""
+    return torch.stack([resize(frame, size) for frame in frames.unbind(1)], dim=1)

@@ -1,0 +1,20 @@
+"""Tests use the real classes at tiny size; shapes written in signatures are not trusted, they are compared."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(int(os.environ.get("SWIFTI2V_TEST_THREADS", "2")))
+settings.register_profile("swifti2v", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+settings.load_profile("swifti2v")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
