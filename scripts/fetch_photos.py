@@ -1,8 +1,8 @@
 """Fetch the freely licensed photos that nano's weights learn from and are judged on.
 
-Downloads six Debian packages by name, keeps only real photographs (the list below was made by looking at every picture),
-and writes ``data/photos/<package>/<file>`` and ``data/photos.jsonl``. Nothing is committed: ``data/`` is git-ignored.
-Needs ``apt-get`` and ``dpkg-deb`` (any Debian or Ubuntu); knows nothing about training.
+Downloads six Debian packages by name, keeps only real photographs (the list below was made by looking at every
+picture), and writes ``data/photos/<package>/<file>`` and ``data/photos.jsonl``. Nothing is committed: ``data/`` is
+git-ignored. Needs ``apt-get`` and ``dpkg-deb`` (any Debian or Ubuntu); knows nothing about training.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Photo:
 LOMIRI, MATE = "usr/share/backgrounds", "usr/share/backgrounds/mate/nature"
 LXQT, PALAPELI = "usr/share/lxqt/wallpapers", "usr/share/palapeli/collection"
 
-# package, folder, file: author, licence. Authors and licences: debian/copyright, plasma's metadata.json, palapeli's .desktop.
+# Authors and licences as stated in debian/copyright, plasma's metadata.json and palapeli's .desktop files.
 _LOMIRI_16 = {
     "Bridge_by_Sander_Klootwijk.jpg": ("Sander Klootwijk", "CC-BY-SA-4.0"),
     "Dragonfly_by_Bolly.jpg": ("Bolly", "CC-BY-SA-4.0"),
@@ -79,9 +79,18 @@ _MATE = {
     "YellowFlower.jpg": "Charles Barbin",
 }
 _LXQT = (
-    "Butterfly-Kenneth-Wimer.jpg Valendas.png after-the-rain.jpg appleflower.png beam.png butterfly.png cloud.png "
-    "drop.png flowers.png fog.jpg this-is-not-windows.jpg"
-).split()
+    "Butterfly-Kenneth-Wimer.jpg",
+    "Valendas.png",
+    "after-the-rain.jpg",
+    "appleflower.png",
+    "beam.png",
+    "butterfly.png",
+    "cloud.png",
+    "drop.png",
+    "flowers.png",
+    "fog.jpg",
+    "this-is-not-windows.jpg",
+)
 _PALAPELI = {
     "castle-maintenon.jpg": "Eric Pouhier",
     "cincinnati-bridge.jpg": "Derek Jensen",
@@ -130,7 +139,9 @@ def fetch_package(package: str, work: Path) -> tuple[Path, str]:
     """Download and unpack one package; return its root and version. Raises CalledProcessError if apt or dpkg fails."""
     subprocess.run(["apt-get", "download", package], cwd=work, check=True, stdout=subprocess.DEVNULL)
     (deb,) = work.glob(f"{package}_*.deb")
-    version = subprocess.run(["dpkg-deb", "-f", deb, "Version"], check=True, capture_output=True, text=True).stdout.strip()
+    version = subprocess.run(
+        ["dpkg-deb", "-f", deb, "Version"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     root = work / package
     subprocess.run(["dpkg-deb", "-x", deb, root], check=True)
     deb.unlink()

@@ -16,6 +16,7 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ NANO = ROOT / "src" / "swifti2v" / "nano"
 TEXT_LENGTH = 128  # zero padding takes part in cross-attention: inference must pad to the same length
 SHIFT = 5.0
 EMA_DECAY = 0.998
+ECHO = {"one": 2, "two": 3}
+TOKENIZER = nano_tokenizer()
 COMMON: dict[str, Any] = {
     "in_channels": 48,
     "out_channels": 48,
@@ -51,8 +54,7 @@ COMMON: dict[str, Any] = {
     "prediction": "residual",
 }
 STAGE_ONE = COMMON | {
-    "attention_pattern": ("linear", "softmax", "linear", "softmax", "linear"),
-    "qk_norm": "all",
+    "attention_pattern": ("linear",) * 5,
     "cross_attention_dim": 128,
 }
 STAGE_TWO = COMMON | {"attention_pattern": ("linear",) * 6}
@@ -67,27 +69,38 @@ class Run:
     lr: float
     step: int = 0
     ema: dict[str, nn.Module] = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
+    optimizers: list[torch.optim.Optimizer] = field(init=False)
 
     def __post_init__(self) -> None:
         self.ema = {key: deepcopy(module).requires_grad_(False) for key, module in self.modules.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)
+        inner = [p for name, p in self.named_parameters() if ".block" in name and p.ndim == 2 and "table" not in name]
+        chosen = {id(parameter) for parameter in inner}
+        others = [parameter for parameter in self.parameters() if id(parameter) not in chosen]
+        self.optimizers = [
+            torch.optim.Muon(inner, lr=2 * self.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
 
     @property
     def folder(self) -> Path:
         return ROOT / "runs" / f"nano_{self.name}"
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(f"{key}.{name}", p) for key, module in self.modules.items() for name, p in module.named_parameters()]
+
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for module in self.modules.values() for parameter in module.parameters()]
+        return [parameter for _, parameter in self.named_parameters()]
 
     def update(self, loss: Tensor, rate: float) -> float:
         """One optimizer step at ``rate`` times the learning rate; returns the gradient norm."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, factor in zip(self.optimizers, (2, 1), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * self.lr * rate
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -101,7 +114,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "modules": {key: module.state_dict() for key, module in self.modules.items()},
             "ema": {key: module.state_dict() for key, module in self.ema.items()},
         }
@@ -114,7 +127,8 @@ class Run:
             return
         state = torch.load(path, weights_only=True)
         self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         for key, module in self.modules.items():
             module.load_state_dict(state["modules"][key])
             self.ema[key].load_state_dict(state["ema"][key])
@@ -135,8 +149,10 @@ def sigma_of(rng: random.Random) -> float:
     return shifted(rng.uniform(0.03, 1.0), SHIFT)
 
 
-def flow_loss(model: nn.Module, batch: Batch, text: Tensor | None, rng: random.Random) -> tuple[Tensor, float, float]:
-    """The loss, and the segment's squared latent error of the model and of the bare reference."""
+def flow_loss(
+    model: nn.Module, batch: Batch, text: Tensor | None, rng: random.Random, weights: Tensor
+) -> tuple[Tensor, float, float]:
+    """The loss, and the segment's error of the model and of the bare reference; ``weights`` (c,) per channel."""
     noise = torch.randn(batch.clean.shape, generator=torch.Generator().manual_seed(rng.getrandbits(62)))
     sigma = torch.tensor([sigma_of(rng) for _ in range(len(batch.clean))])
     levels = sigma[:, None].repeat(1, batch.clean.shape[2])
@@ -151,8 +167,10 @@ def flow_loss(model: nn.Module, batch: Batch, text: Tensor | None, rng: random.R
             reference_hidden_states=batch.reference,
             frame_indices=batch.frame_indices,
         ).sample
-    error = (denoised(x, velocity, broad) - batch.clean)[:, :, batch.context :].square().mean(dim=(1, 2, 3, 4))
-    base = (batch.reference - batch.clean)[:, :, batch.context :].square().mean(dim=(1, 2, 3, 4))
+    error, base = (
+        ((guess - batch.clean)[:, :, batch.context :].square().mean(dim=(2, 3, 4)) * weights).mean(dim=1)
+        for guess in (denoised(x, velocity, broad), batch.reference)
+    )
     # Between absolute and relative error: busy photos must not drown the quiet ones.
     weight = (base + 0.02).rsqrt() / sigma.clamp(min=0.3).square()
     return (weight * error).mean(), float(error.detach().mean()), float(base.mean())
@@ -172,16 +190,22 @@ def export_all(run: Run) -> None:
         if key != "head":
             export(module, NANO / key, "config.json")
     if "text_encoder" in run.ema:
-        nano_tokenizer().save_pretrained(NANO / "tokenizer")
+        TOKENIZER.save_pretrained(NANO / "tokenizer")
     FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(NANO / "scheduler")
 
 
-def text_loss(run: Run, rng: random.Random) -> tuple[Tensor, float, float]:
+def text_states(encoder: Any, prompts: Sequence[str]) -> Tensor:
+    """(b, TEXT_LENGTH, d): encoded at the longest prompt's length, then zero-padded, which is the same and cheaper."""
+    longest = min(TEXT_LENGTH, max(len(prompt.encode()) for prompt in prompts) + 1)
+    states = encode_prompts(TOKENIZER, encoder, prompts, longest)
+    return nn.functional.pad(states, (0, 0, 0, TEXT_LENGTH - longest))
+
+
+def text_loss(run: Run, rng: random.Random, count: int) -> tuple[Tensor, float, float]:
     """How far the pooled states are from saying the motion's five amplitudes through a linear head."""
-    asked = [caption(rng) for _ in range(32)]
+    asked = [caption(rng) for _ in range(count)]
     target = torch.tensor([item.motion.code() for item in asked])
-    encoder: Any = run.modules["text_encoder"]
-    states = encode_prompts(nano_tokenizer(), encoder, [item.prompt for item in asked], TEXT_LENGTH)
+    states = text_states(run.modules["text_encoder"], [item.prompt for item in asked])
     length = (states != 0).any(dim=-1).sum(dim=-1, keepdim=True).clamp(min=1)
     error = (run.modules["head"](states.sum(dim=1) / length) - target).square().mean()
     return error, float(error.detach()), float(target.square().mean())
@@ -193,22 +217,52 @@ def make_run(stage: str, lr: float) -> Run:
         return Run(stage, {"text_encoder": T5EncoderModel(nano_text_config()), "head": nn.Linear(128, 5)}, lr)
     if stage == "two":
         return Run(stage, {"transformer_2": MobileTransformer3DModel(**STAGE_TWO)}, lr)
-    encoder = T5EncoderModel(nano_text_config())
-    text = ROOT / "runs" / "nano_text" / "last.pt"
-    encoder.load_state_dict(torch.load(text, weights_only=True)["ema"]["text_encoder"])
-    return Run(stage, {"transformer": MobileTransformer3DModel(**STAGE_ONE), "text_encoder": encoder}, lr)
+    # The head stays beside Stage I as a second task: reading the prompt is the harder half of learning to obey it.
+    read = {"text_encoder": T5EncoderModel(nano_text_config()), "head": nn.Linear(128, 5)}
+    state = torch.load(ROOT / "runs" / "nano_text" / "last.pt", weights_only=True)
+    for key, module in read.items():
+        module.load_state_dict(state["ema"][key])
+    return Run(stage, {"transformer": MobileTransformer3DModel(**STAGE_ONE), **read}, lr)
 
 
-def loss_of(run: Run, vae: NanoVAE | None, photos: Photos | None, seed: int) -> tuple[Tensor, float, float]:
+@dataclass
+class Source:
+    """Batches of a stage as a function of (seed, step); each serves ``ECHO`` steps with fresh noise: rendering costs
+    as much as learning."""
+
+    stage: str
+    seed: int
+    vae: NanoVAE
+    photos: Photos
+    key: int = -1
+    batch: Batch | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """Half-way from latent to pixel error: a coefficient weighs as much as the VAE's scale made it small."""
+        scale = torch.tensor(self.vae.config.scale_video)
+        return (1 / scale) / (1 / scale).mean()
+
+    def at(self, step: int) -> Batch:
+        key = step // ECHO[self.stage]
+        if self.batch is None or key != self.key:
+            rng = random.Random(f"{self.stage}/{self.seed}/data/{key}")
+            make = stage_one_batch if self.stage == "one" else stage_two_batch
+            self.key, self.batch = key, make(self.vae, self.photos, rng)
+        return self.batch
+
+
+def loss_of(run: Run, source: Source | None, seed: int) -> tuple[Tensor, float, float]:
+    """Loss, error and the reference's error of the run's next step."""
     rng = random.Random(f"{run.name}/{seed}/{run.step}")
-    if vae is None or photos is None:
-        return text_loss(run, rng)
+    if source is None:
+        return text_loss(run, rng, 32)
+    batch = source.at(run.step)
     if run.name == "two":
-        return flow_loss(run.modules["transformer_2"], stage_two_batch(vae, photos, rng), None, rng)
-    batch = stage_one_batch(vae, photos, rng)
-    encoder: Any = run.modules["text_encoder"]
-    text = encode_prompts(nano_tokenizer(), encoder, batch.prompts, TEXT_LENGTH)
-    return flow_loss(run.modules["transformer"], batch, text, rng)
+        return flow_loss(run.modules["transformer_2"], batch, None, rng, source.weights)
+    text = text_states(run.modules["text_encoder"], batch.prompts)
+    loss, error, base = flow_loss(run.modules["transformer"], batch, text, rng, source.weights)
+    return loss + text_loss(run, rng, 16)[0], error, base
 
 
 def main() -> None:
@@ -226,13 +280,13 @@ def main() -> None:
     run = make_run(asked.stage, asked.lr)
     run.resume()
     print({key: sum(p.numel() for p in module.parameters()) for key, module in run.modules.items()}, run.step)
-    vae = photos = None
+    source = None
     if asked.stage != "text":
         vae = NanoVAE.from_pretrained(NANO / "vae", torch_dtype=torch.float32)
-        photos = Photos(ROOT / "data" / "photos.jsonl", "train")
+        source = Source(asked.stage, asked.seed, vae, Photos(ROOT / "data" / "photos.jsonl", "train"))
     started, sums = time.time(), [0.0, 0.0, 0.0]
     while run.step < asked.steps:
-        loss, error, base = loss_of(run, vae, photos, asked.seed)
+        loss, error, base = loss_of(run, source, asked.seed)
         norm = run.update(loss, rate(run.step, asked.steps, asked.decay))
         sums = [old + new for old, new in zip(sums, (float(loss.detach()), error, base), strict=True)]
         if run.step % 50 == 0:

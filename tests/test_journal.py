@@ -23,7 +23,7 @@ from swifti2v import journal
 from swifti2v.core import Request, RunError, UsageError
 from swifti2v.journal import Job, Manifest
 
-PNG = b"\x89PNG pretend"
+PHOTO = torch.rand(1, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 def manifest(seed: int = 1) -> Manifest:
@@ -42,7 +42,7 @@ def store(job: Job, number: int) -> None:
 def test_what_is_stored_comes_back_exactly(tmp_path: Path) -> None:
     folder = tmp_path / "clip.job"
     odd = torch.tensor([float("-0.0"), 1e-42, 3.4e38, 1 / 3]).reshape(1, 1, 1, 2, 2)
-    with Job.create(folder, manifest(), PNG) as job:
+    with Job.create(folder, manifest(), PHOTO) as job:
         assert job.is_empty
         job.save_motion(0, odd, [1])
         job.save_motion(1, odd.bfloat16(), [2])
@@ -50,7 +50,7 @@ def test_what_is_stored_comes_back_exactly(tmp_path: Path) -> None:
         store(job, 1)
         assert not job.is_empty
     with Job.open(folder) as job:
-        assert job.photo_path.read_bytes() == PNG
+        assert torch.equal(job.photo(), PHOTO)
         assert job.manifest.request == manifest().request and job.manifest.settings == {"dtype": "float32"}
         first, second = job.motion()
         assert torch.equal(first.view(torch.int32), odd.view(torch.int32)) and torch.equal(second, odd.bfloat16())
@@ -59,11 +59,11 @@ def test_what_is_stored_comes_back_exactly(tmp_path: Path) -> None:
 
 
 def test_remove_leaves_nothing_of_ours_and_everything_else(tmp_path: Path) -> None:
-    job = Job.create(tmp_path / "a.job", manifest(), PNG)
+    job = Job.create(tmp_path / "a.job", manifest(), PHOTO)
     store(job, 0)
     job.remove()
     assert list(tmp_path.iterdir()) == []
-    job = Job.create(tmp_path / "b.job", manifest(), PNG)
+    job = Job.create(tmp_path / "b.job", manifest(), PHOTO)
     (tmp_path / "b.job/notes.txt").write_text("mine")
     job.remove()
     assert [path.name for path in (tmp_path / "b.job").iterdir()] == ["notes.txt"]
@@ -71,17 +71,17 @@ def test_remove_leaves_nothing_of_ours_and_everything_else(tmp_path: Path) -> No
 
 def test_create_refuses_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "a.job").mkdir()
-    Job.create(tmp_path / "a.job", manifest(), PNG).close()
+    Job.create(tmp_path / "a.job", manifest(), PHOTO).close()
     with pytest.raises(UsageError, match=r"a\.job exists"):
-        Job.create(tmp_path / "a.job", manifest(), PNG)
+        Job.create(tmp_path / "a.job", manifest(), PHOTO)
     (tmp_path / "b.job").mkdir()
-    (tmp_path / "b.job/photo.png").write_bytes(b"somebody's")
+    (tmp_path / "b.job/photo.safetensors").write_bytes(b"somebody's")
     with pytest.raises(UsageError, match=r"b\.job exists"):
-        Job.create(tmp_path / "b.job", manifest(), PNG)
-    assert (tmp_path / "b.job/photo.png").read_bytes() == b"somebody's"
+        Job.create(tmp_path / "b.job", manifest(), PHOTO)
+    assert (tmp_path / "b.job/photo.safetensors").read_bytes() == b"somebody's"
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot make"):
-        Job.create(tmp_path / "file/c.job", manifest(), PNG)
+        Job.create(tmp_path / "file/c.job", manifest(), PHOTO)
 
 
 def damage(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -102,15 +102,15 @@ BROKEN = {
     "not a JSON object": lambda folder: (folder / "manifest.json").write_text("[]"),
     "damaged: manifest.json": lambda folder: os.truncate(folder / "manifest.json", 40),
     "codec": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"),
-    "lost its photo.png": lambda folder: (folder / "photo.png").unlink(),
-    "not the photo": lambda folder: (folder / "photo.png").write_bytes(b"other"),
+    "lost its photo": lambda folder: (folder / "photo.safetensors").unlink(),
+    "not the photo": lambda folder: (folder / "photo.safetensors").write_bytes(b"other"),
 }
 
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_open_refuses_in_one_line(tmp_path: Path, message: str) -> None:
     folder = tmp_path / "clip.job"
-    Job.create(folder, manifest(), PNG).close()
+    Job.create(folder, manifest(), PHOTO).close()
     BROKEN[message](folder)
     with pytest.raises(UsageError, match=message) as caught:
         Job.open(folder)
@@ -119,7 +119,7 @@ def test_open_refuses_in_one_line(tmp_path: Path, message: str) -> None:
 
 def test_a_job_in_use_is_refused_and_a_failed_open_gives_the_lock_back(tmp_path: Path) -> None:
     folder = tmp_path / "clip.job"
-    with Job.create(folder, manifest(), PNG), pytest.raises(UsageError, match="in use"):
+    with Job.create(folder, manifest(), PHOTO), pytest.raises(UsageError, match="in use"):
         Job.open(folder)
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text("{")
@@ -132,7 +132,7 @@ def test_a_job_in_use_is_refused_and_a_failed_open_gives_the_lock_back(tmp_path:
 def test_another_request_and_misplaced_files(tmp_path: Path) -> None:
     a, b = tmp_path / "a.job", tmp_path / "b.job"
     for folder, seed in ((a, 1), (b, 2)):
-        with Job.create(folder, manifest(seed), PNG) as job:
+        with Job.create(folder, manifest(seed), PHOTO) as job:
             for number in range(3):
                 store(job, number)
     shutil.copy(a / "segments/0002.safetensors", a / "segments/0001.safetensors")
@@ -148,7 +148,7 @@ def test_another_request_and_misplaced_files(tmp_path: Path) -> None:
 def test_damage_is_reported_and_never_used(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "clip.job"
     shutil.rmtree(folder, ignore_errors=True)
-    with Job.create(folder, manifest(), PNG) as job:
+    with Job.create(folder, manifest(), PHOTO) as job:
         for number in range(3):
             store(job, number)
     victim = data.draw(st.integers(0, 2))
@@ -175,7 +175,7 @@ def test_damage_is_reported_and_never_used(tmp_path: Path, data: st.DataObject) 
 
 
 def test_order_and_shape_are_checked(tmp_path: Path) -> None:
-    with Job.create(tmp_path / "clip.job", manifest(), PNG) as job:
+    with Job.create(tmp_path / "clip.job", manifest(), PHOTO) as job:
         with pytest.raises(ValueError, match="cannot be stored before 0"):
             store(job, 1)
         with pytest.raises(ValueError, match="of 3 blocks"):
@@ -195,7 +195,7 @@ def test_a_write_that_fails_is_one_line_and_keeps_the_job(tmp_path: Path) -> Non
     """A file size limit of the kernel, the nearest thing to a full disk that needs no rights."""
     import resource
 
-    with Job.create(tmp_path / "clip.job", manifest(), PNG) as job:
+    with Job.create(tmp_path / "clip.job", manifest(), PHOTO) as job:
         store(job, 0)
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
@@ -215,7 +215,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk needs the right to mount one")
     try:
-        with Job.create(tmp_path / "clip.job", manifest(), PNG) as job:
+        with Job.create(tmp_path / "clip.job", manifest(), PHOTO) as job:
             store(job, 0)
             with pytest.raises(RunError, match=r"cannot write 0001.safetensors \(0.8 MB\): the disk is full"):
                 job.save_segment(1, torch.zeros(1, 2, 1, 316, 316), [3])
@@ -244,7 +244,7 @@ class Snapshots:
 
 
 def whole_life(folder: Path) -> None:
-    job = Job.create(folder, manifest(), PNG)
+    job = Job.create(folder, manifest(), PHOTO)
     job.save_motion(0, latents(10), [1, 2])
     job.save_motion(1, latents(11), [3, 4])
     store(job, 0)
@@ -261,7 +261,7 @@ def check_state(folder: Path, last: int) -> int:
         job = Job.open(folder)
     except UsageError as error:
         assert "no manifest.json" in str(error)
-        Job.create(folder, manifest(), PNG).remove()
+        Job.create(folder, manifest(), PHOTO).remove()
         assert not folder.exists()
         return -1
     with job:
@@ -311,7 +311,7 @@ def test_killed_in_earnest(tmp_path: Path) -> None:
         "for number in range(n, n + 10**6): t.store(job, number); print(number, flush=True)\n"
     )
     folder = tmp_path / "clip.job"
-    Job.create(folder, manifest(), PNG).close()
+    Job.create(folder, manifest(), PHOTO).close()
     before = 0
     for delay in (0.0, 0.004, 0.013):
         command = [sys.executable, "-c", script, str(folder), str(Path(__file__).parent)]

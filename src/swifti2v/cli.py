@@ -50,9 +50,7 @@ class Options:
     )
 
     num_inference_steps: Annotated[int | None, _option(CLIP, "Steps of stage I.")] = None
-    num_inference_steps_2: Annotated[
-        int | None, _option(CLIP, "Steps of stage II.", "--num-inference-steps-2")
-    ] = None
+    num_inference_steps_2: Annotated[int | None, _option(CLIP, "Steps of stage II.", "--num-inference-steps-2")] = None
     guidance_scale: Annotated[float | None, _option(CLIP, "Prompt guidance of stage I (1: off).")] = None
     guidance_scale_2: Annotated[
         float | None, _option(CLIP, "Prompt guidance of stage II (1: off).", "--guidance-scale-2")
@@ -77,7 +75,7 @@ class Options:
     ] = None
 
     output: Annotated[
-        str | None, _option(FILE, "NAME.mp4, a folder ending in /, or NAME.png for a PNG sequence.", metavar="FILE")
+        str | None, _option(FILE, "NAME.mp4; an existing folder; or NAME.png for a folder of PNGs.", metavar="FILE")
     ] = None
     codec: Annotated[str, _option(FILE, "h264 (default), h265 or av1.", metavar="NAME")] = "h264"
     bit_depth: Annotated[int, _option(FILE, "8 (default) or 10.")] = 8
@@ -97,9 +95,10 @@ class Options:
 class OneLineErrors(TyperGroup):
     """A command group whose own errors (unknown options, bad values) are one line, like all others."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> NoReturn:
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        extra["standalone_mode"] = False
         try:
-            sys.exit(super().main(*args, standalone_mode=False, **extra) or 0)
+            sys.exit(super().main(*args, **extra) or 0)
         except _click_exception() as error:
             # No arguments at all: click raises the help as an error.
             if type(error).__name__ == "NoArgsIsHelpError":
@@ -123,6 +122,8 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", show_defau
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 Output = Annotated[str | None, typer.Option(metavar="FILE", help="Where to write the video.", show_default=False)]
+
+Model = Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are now.", show_default=False)]
 
 
 def takes_options(verb: Callable[[Options], None]) -> Callable[..., None]:
@@ -148,13 +149,15 @@ def takes_options(verb: Callable[[Options], None]) -> Callable[..., None]:
 def generate(options: Options) -> None:
     """Make a video from a photo."""
     with reported(options.debug):
-        from . import produce
+        from .order import plan_of, prepare
 
-        order = produce.prepare(options)
+        order = prepare(options)
         if options.dry_run:
-            _print_plan(produce.plan_of(options), options.json, order.notices)
+            _print_plan(plan_of(options), options.json, order.notices)
             return
-        _run(lambda emit: produce.start(order, emit), _mode(options.json, options.quiet))
+        from .produce import start
+
+        _run(lambda emit: start(order, emit), _mode(options.json, options.quiet))
 
 
 @app.command()
@@ -162,15 +165,15 @@ def generate(options: Options) -> None:
 def plan(options: Options) -> None:
     """What a video would cost in time, memory and disk, before anything loads."""
     with reported(options.debug):
-        from . import produce
+        from .order import plan_of
 
-        _print_plan(produce.plan_of(options), options.json, ())
+        _print_plan(plan_of(options), options.json, ())
 
 
 @app.command()
 def resume(
     job: Annotated[str, typer.Argument(metavar="JOB", help="The NAME.job folder of an interrupted run.")],
-    model: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are now.")] = None,
+    model: Model = None,
     force: Annotated[bool, typer.Option("--force", help="Even if weights or libraries changed.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -191,10 +194,9 @@ def info(
 ) -> None:
     """What made a file: prompt, seed, sizes, weights, versions."""
     with reported(debug):
-        from . import produce
+        from .origin import metadata_of
 
-        record = produce.metadata_of(Path(file))
-        _print_record(record, as_json=json)
+        _print_record(metadata_of(Path(file)), as_json=json)
 
 
 @app.command()
@@ -202,16 +204,18 @@ def rerun(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A video made by swifti2v.")],
     image: Annotated[str | None, typer.Option(metavar="PHOTO", help="The photo, if it is not found.")] = None,
     output: Output = None,
+    model: Model = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Make a file again from what it says about itself; finds the photo by its checksum."""
     with reported(debug):
-        from . import produce
+        from .order import prepare_again
+        from .produce import start
 
-        order = produce.prepare_again(Path(file), image=image, output=output)
-        _run(lambda emit: produce.start(order, emit), _mode(json, quiet))
+        order = prepare_again(Path(file), image=image, output=output, model=model)
+        _run(lambda emit: start(order, emit), _mode(json, quiet))
 
 
 @models.command("list")
@@ -224,9 +228,7 @@ def models_list(json: Json = False, debug: Debug = False) -> None:
 
 
 @models.command("verify")
-def models_verify(
-    write: Annotated[bool, typer.Option("--write", hidden=True)] = False, debug: Debug = False
-) -> None:
+def models_verify(write: Annotated[bool, typer.Option("--write", hidden=True)] = False, debug: Debug = False) -> None:
     """Compare the shipped weights with their recorded checksums."""
     with reported(debug):
         from . import shipped
@@ -234,7 +236,7 @@ def models_verify(
         if write:
             print(f"wrote {shipped.write_manifest()} checksums")
         else:
-            print(f"{shipped.verify()} files are as shipped")
+            print(f"{shipped.verify_shipped()} files are as shipped")
 
 
 @app.command()
@@ -261,17 +263,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
     """Errors that a person can do something about become one line and an exit code; bugs keep their traceback."""
+    import logging
+    import warnings
+
     from .core import UsageError
 
+    # Libraries warn of things that only developers can change; a user's stderr is for our one line.
+    logging.disable(logging.NOTSET if debug else logging.WARNING)
     try:
-        yield
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            yield
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "interrupted", 130)
     except (OSError, MemoryError, RuntimeError, ValueError) as error:
         if debug:
             raise
         message = str(error) or type(error).__name__
         _fail(message, 2 if isinstance(error, UsageError) else 1)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -126,7 +126,9 @@ class Grid:
         """The nearest legal size; refuses sides over the limit."""
         if max(size.width, size.height) > MAX_SIDE:
             largest = MAX_SIDE // self.multiple * self.multiple
-            raise UsageError(f"size {size} is over the limit of {MAX_SIDE} pixels a side; largest legal side: {largest}")
+            raise UsageError(
+                f"size {size} is over the limit of {MAX_SIDE} pixels a side; largest legal side: {largest}"
+            )
         return Size(self._nearest(size.width), self._nearest(size.height))
 
     def snap_frames(self, num_frames: int) -> int:

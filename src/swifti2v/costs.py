@@ -2,7 +2,7 @@
 
 Architectures are data and no torch is imported, so that ``plan`` answers before anything loads.
 FLOPs are 2 a multiply-add, in matrix products, convolutions and attention. That every formula equals
-what ``meters`` counts on the meta device is a test, and so is the table in docs/decisions.
+what ``meters`` counts on the meta device is a test.
 Activation peaks follow the code as it is written in ``models`` (which temporaries are alive at once);
 they exclude kernel workspaces and allocator slack.
 """
@@ -12,39 +12,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
-TIMESTEP_FEATURES = 256
-
-
-class DiTCost(Protocol):
-    """A diffusion transformer over windows of ``blocks`` latent blocks with ``tokens`` tokens each, batch 1."""
-
-    @property
-    def parameters(self) -> int: ...
-
-    def flops(self, blocks: int, tokens: int) -> int: ...
-
-    def activation_bytes(self, blocks: int, tokens: int, itemsize: int) -> int: ...
-
-
-class VAECost(Protocol):
-    """A streaming VAE over ``positions`` latent positions a block; its state stays between chunks."""
-
-    @property
-    def parameters(self) -> int: ...
-
-    def encode_flops(self, positions: int, blocks: int) -> int: ...
-
-    def decode_flops(self, positions: int, blocks: int) -> int: ...
-
-    def encode_bytes(self, positions: int, blocks: int, itemsize: int) -> int: ...
-
-    def decode_bytes(self, positions: int, blocks: int, itemsize: int) -> int: ...
-
-    def encode_state(self, positions: int, itemsize: int) -> int: ...
-
-    def decode_state(self, positions: int, itemsize: int) -> int: ...
+from .core import UsageError
+from .costs_nano import TIMESTEP_FEATURES, MobileDiTCost, NanoVAECost
 
 
 @dataclass(frozen=True)
@@ -102,7 +73,21 @@ class WanDiTCost:
         return ends + times + texts + images + self.layers * layer + 2 * d
 
     def activation_bytes(self, blocks: int, tokens: int, itemsize: int) -> int:
-        raise NotImplementedError
+        """Peak of a forward, its inputs not counted: in the feed-forward layer or, if that is thin, in attention.
+
+        Feed-forward: the hidden layer before and after its GELU beside four copies of the tokens. Attention:
+        float32 temporaries of the norms. In all layers: rotary tables in float32, the concatenated input,
+        and what is made of text and image.
+        """
+        d, n, context = self.width, blocks * tokens, self.text_tokens + self.image_tokens
+        feed_forward = itemsize * (2 * self.ffn + 4 * d)
+        attention = (12 + 5 * itemsize) * d
+        per_token = max(feed_forward, attention) + 8 * self.head_dim
+        if self.timesteps == "block":
+            per_token += itemsize * self.patch * self.in_channels
+        if self.timesteps == "token":  # six modulations of every token, and their float32 sum
+            per_token += (7 * itemsize + 24) * d
+        return n * per_token + itemsize * context * d
 
 
 @dataclass(frozen=True)
@@ -203,83 +188,6 @@ class EncoderCost:
         return scores + self.tokens * (8 * self.width + 3 * self.ffn) * itemsize
 
 
-@dataclass(frozen=True)
-class MobileDiTCost:
-    """``MobileTransformer3DModel``, read from its ``config.json``; ``text_tokens`` is the prompt's length."""
-
-    in_channels: int
-    out_channels: int
-    width: int
-    heads: int
-    ffn: int
-    linear_layers: int
-    softmax_layers: int
-    normalized_layers: int
-    patch: int
-    reference_channels: int
-    text_dim: int
-    text_tokens: int
-    motion: bool
-    positions: bool
-
-    POSITION_FEATURES = 39
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], text_tokens: int) -> MobileDiTCost:
-        pattern = list(config["attention_pattern"])
-        norm = config["qk_norm"]
-        return cls(
-            in_channels=config["in_channels"],
-            out_channels=config["out_channels"],
-            width=config["hidden_size"],
-            heads=config["num_attention_heads"],
-            ffn=int(config["hidden_size"] * config["ffn_ratio"]),
-            linear_layers=pattern.count("linear"),
-            softmax_layers=pattern.count("softmax"),
-            normalized_layers=len(pattern) if norm == "all" else pattern.count(norm),
-            patch=config["patch_size"] ** 2,
-            reference_channels=config["reference_channels"],
-            text_dim=config["cross_attention_dim"] or 0,
-            text_tokens=text_tokens if config["cross_attention_dim"] else 0,
-            motion=config["motion_embedding"],
-            positions=config["absolute_positions"],
-        )
-
-    @property
-    def layers(self) -> int:
-        return self.linear_layers + self.softmax_layers
-
-    def flops(self, blocks: int, tokens: int) -> int:
-        d, n, text = self.width, blocks * tokens, self.text_tokens
-        head = d // self.heads
-        ends = n * d * self.patch * (self.in_channels + self.reference_channels + self.out_channels)
-        ends += n * self.POSITION_FEATURES * d if self.positions else 0
-        times = (blocks + int(self.motion)) * (TIMESTEP_FEATURES * d + 7 * d * d)
-        texts = text * (self.text_dim * d + d * d) + self.text_dim * d
-        layer = 4 * n * d * d + 2 * n * d * head  # projections; rotation is a product with a (head, head) matrix
-        layer += n * (3 * d * self.ffn + 18 * self.ffn)
-        if self.text_dim:
-            layer += 2 * n * d * d + 2 * text * d * d + 2 * n * text * d
-        linear, softmax = 2 * n * d * head + n * d, 2 * n * n * d
-        attention = self.linear_layers * linear + self.softmax_layers * softmax
-        return 2 * (ends + times + texts + self.layers * layer + attention)
-
-    @property
-    def parameters(self) -> int:
-        d, p = self.width, self.patch
-        ends = (self.in_channels + self.reference_channels) * p * d + d + (d + 1) * self.out_channels * p + 2 * d
-        ends += (self.POSITION_FEATURES + 1) * d if self.positions else 0
-        embed = TIMESTEP_FEATURES * d + d + d * d + d + 6 * (d * d + d)
-        layer = 4 * d * d + d + 6 * d + 3 * d * self.ffn + 2 * self.ffn + 18 * self.ffn + 2 * self.ffn
-        layer += 4 * (d * d + d) if self.text_dim else 0
-        texts = 2 * (self.text_dim * d + d) + d * d + d if self.text_dim else 0
-        extra = self.softmax_layers * 3 * d + self.normalized_layers * 2 * d
-        return ends + embed * (1 + int(self.motion)) + texts + self.layers * layer + extra
-
-    def activation_bytes(self, blocks: int, tokens: int, itemsize: int) -> int:
-        raise NotImplementedError
-
-
 WAN21_I2V_14B = WanDiTCost(
     heads=40, layers=40, in_channels=36, out_channels=16, ffn=13824, image_tokens=257, image_dim=1280, timesteps="clip"
 )
@@ -313,7 +221,7 @@ WAN21_VAE = WanVAECost(
     stride=8,
 )
 WAN22_VAE = WanVAECost(
-    parameters=704_687_516,
+    parameters=704_688_668,
     encode_first=1_188_800_512,
     encode_next=3_574_556_672,
     encode_attention=640,
@@ -329,6 +237,60 @@ WAN22_VAE = WanVAECost(
 )
 
 
-def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """The ``config.json`` of one component of a model in diffusers layout."""
-    return json.loads((folder / component / "config.json").read_text())
+Family = Literal["wan", "wan-refine", "nano"]
+DiTCost = WanDiTCost | MobileDiTCost
+VAECost = WanVAECost | NanoVAECost
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a preset. ``vae`` is Stage I's, ``vae_2`` Stage II's; ``image`` sees the photo (CLIP)."""
+
+    text: EncoderCost
+    stage_one: DiTCost
+    stage_two: DiTCost
+    vae: VAECost
+    vae_2: VAECost
+    image: EncoderCost | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Of all networks, a shared VAE once."""
+        parts = [self.text, self.stage_one, self.stage_two, self.vae, *([self.image] if self.image else [])]
+        shared = self.vae == self.vae_2
+        return sum(part.parameters for part in parts) + (0 if shared else self.vae_2.parameters)
+
+
+WAN = Networks(UMT5_XXL, WAN21_I2V_14B, SWIFTI2V_5B, WAN21_VAE, WAN22_VAE, CLIP_H)
+WAN_REFINE = Networks(UMT5_XXL, WAN21_I2V_14B, WAN22_TI2V_5B, WAN21_VAE, WAN22_VAE, CLIP_H)
+
+
+def read_nano(folder: Path, text_tokens: int) -> Networks:
+    """Nano's networks from the ``config.json`` files of a folder in diffusers layout. OSError if one is missing."""
+
+    def config(component: str) -> dict[str, Any]:
+        return json.loads((folder / component / "config.json").read_text())
+
+    vae = NanoVAECost.from_config(config("vae"))
+    return Networks(
+        text=EncoderCost.from_t5(config("text_encoder"), text_tokens),
+        stage_one=MobileDiTCost.from_config(config("transformer"), text_tokens),
+        stage_two=MobileDiTCost.from_config(config("transformer_2"), text_tokens),
+        vae=vae,
+        vae_2=vae,
+    )
+
+
+def networks_of(family: Family, folder: Path | None, text_tokens: int) -> Networks:
+    """The networks of a preset's family; ``folder`` None (the tiny twins for tests): those of its full-size model.
+
+    Raises UsageError if one of nano's ``config.json`` files is missing.
+    """
+    if family == "wan":
+        return WAN
+    if family == "wan-refine":
+        return WAN_REFINE
+    try:
+        return read_nano(folder or Path(__file__).parent / "nano", text_tokens)
+    except OSError as error:
+        raise UsageError(f"nano's weights are not complete: {error.filename} is missing") from None

@@ -28,8 +28,8 @@ MAX_PIXELS = 178_956_970  # Pillow's own bomb limit, checked on the header befor
 MAX_BYTES = 2**30
 MIN_SIDE = 16
 MAX_ASPECT = 8
-# Named, so that no other decoder is ever reached: EPS alone would start Ghostscript.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF", "GIF", "BMP", "JPEG2000", "PPM", "TGA", "ICO")
+# Named, so that no other decoder is reached: EPS alone would start Ghostscript. JPEG opens MPO by itself.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "GIF", "BMP", "JPEG2000", "PPM", "TGA", "ICO")
 _HINT = "give a JPEG, PNG, WebP, TIFF or AVIF photo"
 # What Pillow's decoders raise on damaged files; found by fuzzing, hence the odd ones.
 _DAMAGE = (
@@ -88,8 +88,7 @@ def read_image(source: str | Path | bytes | Image.Image) -> Photo:
     """
     if isinstance(source, Image.Image):
         pixels, notes = _decode(source.copy(), "the image", b"")
-        data = np.ascontiguousarray(pixels)
-        digest = hashlib.sha256(str(data.shape).encode() + data.tobytes()).hexdigest()
+        digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
         return _photo(pixels, digest, notes)
     if isinstance(source, bytes):
         data, name = source, "the image"

@@ -1,7 +1,7 @@
 """The job directory: everything needed to continue an interrupted clip, and nothing that can be recomputed cheaply.
 
-``NAME.job/`` holds ``manifest.json`` (what is being made, by which weights, how), ``photo.png`` (the
-fitted photo), ``motion/NNNN.safetensors`` (Stage I windows), ``segments/NNNN.safetensors`` (finished
+``NAME.job/`` holds ``manifest.json`` (what is being made, by which weights, how), ``photo.safetensors``
+(the fitted photo, exactly), ``motion/NNNN.safetensors`` (Stage I windows), ``segments/NNNN.safetensors`` (finished
 Stage II segments) and ``lock``. Every file appears whole, under its name, or not at all; the manifest
 is written last at birth and deleted first at death, so a folder with a manifest is always a whole job.
 
@@ -25,13 +25,14 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from .core import Request, RunError, UsageError
 
 SCHEMA_VERSION = 1
-MANIFEST, PHOTO, LOCK = "manifest.json", "photo.png", "lock"
+MANIFEST, PHOTO, LOCK = "manifest.json", "photo.safetensors", "lock"
 Kind = Literal["motion", "segments"]
 KINDS: tuple[Kind, Kind] = ("motion", "segments")
 _STORED = re.compile(r"\d{4,}\.safetensors")
@@ -67,8 +68,8 @@ class Manifest(BaseModel):
     ``model``: the preset's name and where its weights come from, in words. ``output``: the name of the
     video, relative to the folder that holds the job. ``model_hashes``: SHA-256 by file, ``versions`` by
     library, ``settings``: dtype, device, threads, attention backend. The last three are empty until the
-    weights are loaded: a job without them holds no latents yet. ``photo_sha256``: of ``photo.png``
-    (``request.image_sha256`` is the user's own file).
+    weights are loaded: a job without them holds no latents yet. ``photo_sha256``: of the
+    stored fitted photo (``request.image_sha256`` is the user's own file).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -106,12 +107,13 @@ class Job:
         self._lock: int | None = lock
 
     @classmethod
-    def create(cls, folder: Path | str, manifest: Manifest, photo_png: bytes) -> Job:
-        """A new job in ``folder``, which may not exist or be empty (or hold a job that never came to life).
+    def create(cls, folder: Path | str, manifest: Manifest, photo: Tensor) -> Job:
+        """A new job in ``folder``, which must be absent, empty, or hold a job that never came to life.
 
+        ``photo``: the fitted photo (1, 3, 1, H, W), as the model is to see it.
         Raises UsageError if something is there or the folder cannot be written, RunError if the disk is full.
         """
-        folder = Path(folder)
+        folder, data = Path(folder), to_safetensors({"photo": photo.detach().cpu().contiguous()})
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not _claimable(folder):
@@ -119,13 +121,13 @@ class Job:
             lock = _locked(folder)
         except OSError as error:
             raise UsageError(f"cannot make the job folder {folder}: {error.strerror}") from None
-        manifest = manifest.model_copy(update={"photo_sha256": hashlib.sha256(photo_png).hexdigest()})
+        manifest = manifest.model_copy(update={"photo_sha256": hashlib.sha256(data).hexdigest()})
         job = cls(folder, manifest, lock)
         try:
             job._clear()
             for kind in KINDS:
                 (folder / kind).mkdir(exist_ok=True)
-            _write(folder / PHOTO, photo_png)
+            _write(folder / PHOTO, data)
             _write(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
         except BaseException:
             job.remove()
@@ -160,10 +162,9 @@ class Job:
             raise
         return job
 
-    @property
-    def photo_path(self) -> Path:
-        """The fitted photo, exactly as the model sees it (8-bit PNG of the request's size)."""
-        return self.folder / PHOTO
+    def photo(self) -> Tensor:
+        """The fitted photo (1, 3, 1, H, W), exactly as it was given."""
+        return from_safetensors((self.folder / PHOTO).read_bytes())["photo"]
 
     @property
     def is_empty(self) -> bool:
@@ -219,7 +220,7 @@ class Job:
         """Delete the job and close it. Files that are not ours stay, with their folder."""
         self._clear()
         (self.folder / LOCK).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
         self.close()
 
@@ -256,7 +257,7 @@ class Job:
         try:
             item = _Stored.read(path)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            self.notices.append(f"{name} is damaged and will be made again ({_one_line(error)})")
+            self.notices.append(f"{name} is damaged and will be made again ({error})")
             return None
         if item.number != number or (following is not None and item.blocks[0] != following):
             self.notices.append(f"{name} is out of place and will be made again")
@@ -278,7 +279,7 @@ class Job:
 
     def _check_photo(self) -> None:
         try:
-            digest = hashlib.sha256(self.photo_path.read_bytes()).hexdigest()
+            digest = hashlib.sha256((self.folder / PHOTO).read_bytes()).hexdigest()
         except OSError as error:
             raise UsageError(f"job {self.folder.name} has lost its {PHOTO}: {error.strerror}") from None
         if digest != self.manifest.photo_sha256:
@@ -330,10 +331,6 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _stored(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _STORED.fullmatch(path.name)) if folder.is_dir() else []
 
@@ -372,13 +369,12 @@ def _read_manifest(folder: Path) -> Manifest:
             raise UsageError(f"job {folder.name} has version {version}, this program knows {SCHEMA_VERSION}; update it")
         return Manifest.model_validate(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UsageError(f"job {folder.name} is damaged: {MANIFEST}: {where}: {first['msg']}") from None
+        where, reason = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+        raise UsageError(f"job {folder.name} is damaged: {MANIFEST}: {where}: {reason}") from None
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"job {folder.name} is damaged: {MANIFEST}: {_one_line(error)}") from None
+        raise UsageError(f"job {folder.name} is damaged: {MANIFEST}: {error}") from None
 
 
 def _write(path: Path, data: bytes) -> None:

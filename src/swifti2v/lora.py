@@ -72,7 +72,8 @@ def load_lora(
 
     source: file, folder or tensors. Dialects: diffusers/PEFT (``transformer.``, ``transformer_2.``),
     ``diffusion_model.`` with lora_A/B or lora_down/up, alpha and diff_b, musubi ``lora_unet_``, DiffSynth
-    ``.lora_A.default``, bare original names. A file with both ``transformer.`` and ``transformer_2.`` fills both stages of a pipeline.
+    ``.lora_A.default``, bare original names. A file with both ``transformer.`` and ``transformer_2.`` fills both
+    stages of a pipeline.
     weight: finite strength, 1 as trained. stage: which model when the file does not say.
     ignore_extra: report tensors that cannot be attached instead of refusing (full-weight ``.diff``, foreign layers).
     A text-to-video LoRA leaves an image-to-video model's image projections as they are; the report names them.
@@ -160,11 +161,11 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _foreign_names(model: Any, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
     """Original Wan and musubi (underscored) layer names -> this model's names; empty for other models."""
-    if not isinstance(model, WanTransformer3DModel):
+    if not issubclass(type(model), WanTransformer3DModel):
         return {}
     inner = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in ("q", "k", "v", "o")]
     inner += ["cross_attn.k_img", "cross_attn.v_img", "ffn.0", "ffn.2"]
-    names = [f"blocks.{i}.{name}" for i in range(len(model.blocks)) for name in inner]
+    names = [f"blocks.{i}.{name}" for i in range(model.config["num_layers"]) for name in inner]
     names += ["text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1"]
     names += ["head.head", "img_emb.proj.1", "img_emb.proj.3"]
     table = {}
@@ -212,7 +213,7 @@ def _plan(
 def _fit(layer: _Layer, name: str, linear: nn.Linear, read: _Source) -> None:
     """Check shapes and values of one layer, and fold alpha / rank into ``down``."""
     down, up = layer.tensors["down"], layer.tensors["up"]
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
         raise UsageError(f"{read.name}: {name} has down {list(down.shape)} and up {list(up.shape)}, not one rank")
     if (down.shape[1], up.shape[0]) != (linear.in_features, linear.out_features):
         raise UsageError(
@@ -225,19 +226,24 @@ def _fit(layer: _Layer, name: str, linear: nn.Linear, read: _Source) -> None:
     for part, tensor in layer.tensors.items():
         if (not tensor.is_floating_point() and part != "alpha") or not torch.isfinite(tensor).all():
             raise UsageError(f"{read.name}: the {part} of {name} has values that are not finite floating point")
-    _fold_scale(layer, name, read.scaling)
+    _fold_scale(layer, name, read.scaling, read.name)
 
 
-def _fold_scale(layer: _Layer, name: str, scaling: Mapping[str, Any]) -> None:
+def _fold_scale(layer: _Layer, name: str, scaling: Mapping[str, Any], source: str) -> None:
     """Multiply alpha / rank into ``down``; PEFT's alpha (beside the tensors) scales the bias too, kohya's does not."""
     component = "transformer_2." if layer.keys[0].startswith("transformer_2.") else "transformer."
     own = {key.removeprefix(component): value for key, value in scaling.items()}
     rank, parts = layer.tensors["down"].shape[0], ["down"]
+    if "alpha" in layer.tensors and layer.tensors["alpha"].numel() != 1:
+        raise UsageError(f"{source}: the alpha of {name} is not one number")
     if "alpha" in layer.tensors:
         scale = float(layer.tensors.pop("alpha")) / rank
     elif own.get("lora_alpha") is not None:
         patterns: dict[str, float] = own.get("alpha_pattern") or {}
-        alpha = float(patterns.get(get_pattern_key(list(patterns), name), own["lora_alpha"]))
+        try:
+            alpha = float(patterns.get(get_pattern_key(list(patterns), name), own["lora_alpha"]))
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise UsageError(f"{source}: its LoRA settings give no alpha for {name}: {first_line(error)}") from None
         scale = alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
         parts.append("bias")
     else:

@@ -13,22 +13,21 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Interpolation
 from torch import Tensor
 
-from .color import Planes, knows_matrix, rgb_to_yuv420, yuv420_to_rgb
+from .color import rgb_to_yuv420
 from .core import MAX_SIDE, RunError, Size, UsageError
-from .images import Photo, check_file, read_image, write_png_sequence
+from .images import Photo, read_image, write_png_sequence
 from .outputs import check_writable, locked_part, part_path, publish, release, sync_folder, unique_path
-from .reference import fit_pixels
+from .video_reader import BT709, LIMITED, VideoInfo, probe, read_metadata, read_video
 
 __all__ = [
     "Encoding",
@@ -46,15 +45,7 @@ __all__ = [
     "write_video",
 ]
 
-BT709 = 1  # primaries, transfer and matrix have the same code in ITU-T H.273
-LIMITED, FULL = 1, 2
-_HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
-# Containers only: a playlist or a concat list could make libav open files that the user never named.
-_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,ivf,gif,apng,yuv4mpegpipe,h264,hevc,obu"
 _PLAIN_KEYS = frozenset({"title", "artist", "comment", "description", "copyright", "date", "genre"})
-_ACCURATE = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
-)
 
 
 @dataclass(frozen=True)
@@ -125,76 +116,6 @@ class Encoding:
         return options
 
 
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a video file says of itself. Color tags are ITU-T H.273 codes; 1 is BT.709, 2 unspecified.
-
-    ``frames`` are counted, not believed; ``size`` is as shown, after ``rotation`` (degrees counter-clockwise).
-    """
-
-    frames: int
-    fps: float
-    size: Size
-    codec: str
-    pix_fmt: str
-    color_primaries: int
-    color_transfer: int
-    color_matrix: int
-    full_range: bool
-    rotation: int = 0
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def probe(path: str | Path) -> VideoInfo:
-    """Facts of a video file, from its packets and first frame. Bad files are refused with ``UsageError``."""
-    with _opened(path) as container:
-        stream = container.streams.video[0]
-        frames = sum(1 for packet in container.demux(stream) if packet.size)
-    with _opened(path) as container:
-        stream = container.streams.video[0]
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise UsageError(f"{path}: holds no video frame")
-        if stream.frames > frames:
-            raise UsageError(f"{path}: truncated, {frames} of {stream.frames} frames are there")
-        rotation = first.rotation % 360
-        size = Size(first.width, first.height)
-        context = stream.codec_context
-        return VideoInfo(
-            frames=frames,
-            fps=float(stream.average_rate or stream.guessed_rate or 0),
-            size=Size(size.height, size.width) if rotation in (90, 270) else size,
-            codec=context.codec.canonical_name,
-            pix_fmt=first.format.name,
-            color_primaries=int(context.color_primaries),
-            color_transfer=int(context.color_trc),
-            color_matrix=int(first.colorspace),
-            full_range=int(first.color_range) == FULL,
-            rotation=rotation,
-            metadata=dict(container.metadata),
-        )
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The container's own tags (``comment`` holds the request of a video made here)."""
-    with _opened(path) as container:
-        return dict(container.metadata)
-
-
-def read_video(path: str | Path, size: Size | None = None) -> Iterator[Tensor]:
-    """Frames one by one, (1, 3, 1, h, w) float32 in [-1, 1], upright; cropped and resized to ``size`` if given.
-
-    The file is opened and checked by the call itself; decoding is lazy. Raises ``UsageError``, from the
-    iterator too if the damage is further inside.
-    """
-    info = probe(path)
-    if info.color_transfer in _HDR_TRANSFERS:
-        raise UsageError(f"{path}: is HDR ({_HDR_TRANSFERS[info.color_transfer]}); convert it to SDR BT.709 first")
-    if max(info.size.width, info.size.height) > MAX_SIDE:
-        raise UsageError(f"{path}: {info.size} is over the limit of {MAX_SIDE} pixels a side")
-    return _frames(path, size)
-
-
 def write_video(
     target: str | Path,
     chunks: Iterable[Tensor],
@@ -217,10 +138,11 @@ def write_video(
     tags = _checked_tags(metadata or {})
     rate = _exact_rate(fps)
     check_writable(target)
-    if os.path.lexists(target):
-        raise UsageError(f"{target} exists and is not overwritten; choose another name")
     with _closing_if_generator(chunks), locked_part(target) as file:
-        count = _write_fragments(file, chunks, encoding, rate, tags)
+        if os.path.lexists(target):
+            raise UsageError(f"{target} exists and is not overwritten; choose another name")
+        job = _Job(target, encoding, rate, tags)
+        count = _write_fragments(file, chunks, job)
         if count == 0:
             raise RunError(f"{target}: there were no frames to write")
         if expected_frames is not None and count != expected_frames:
@@ -229,27 +151,35 @@ def write_video(
     return count
 
 
-def _write_fragments(
-    file: BinaryIO, chunks: Iterable[Tensor], encoding: Encoding, rate: Fraction, tags: Mapping[str, str]
-) -> int:
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same from the first chunk to the last."""
+
+    target: Path
+    encoding: Encoding
+    rate: Fraction
+    tags: Mapping[str, str]
+
+
+def _write_fragments(file: io.FileIO, chunks: Iterable[Tensor], job: _Job) -> int:
     count, extradata = 0, b""
     shape: tuple[int, ...] | None = None
     for index, chunk in enumerate(chunk for chunk in chunks if chunk.numel()):
         _check_chunk(chunk, shape, count)
         shape = tuple(chunk.shape[-2:])
-        fragment = _encode(chunk, encoding, rate, tags, count)
+        try:
+            fragment = _encode(chunk, job, count)
+        except av.FFmpegError as error:
+            raise RunError(f"{job.encoding.codec} cannot encode frame {count}: {error.strerror or error}") from None
         if index and fragment.extradata != extradata:
             raise RunError("the encoder changed its parameters between chunks; one file cannot hold both")
         extradata = fragment.extradata
+        if index == 0:  # only now may the remainder of an earlier, killed run go
+            file.truncate(0)
         try:
-            if index == 0:  # only now may the remainder of an earlier, killed run go
-                file.truncate(0)
-                file.write(fragment.init)
-            file.write(fragment.body)
-            file.flush()
-            os.fsync(file.fileno())
+            _append(file, b"" if index else fragment.init, fragment.body)
         except OSError as error:
-            raise RunError(f"cannot write {file.name}: {error.strerror}; {count} frames are there") from None
+            raise RunError(f"cannot write {part_path(job.target)}: {error.strerror}; it holds {count} frames") from None
         count += chunk.shape[2]
     return count
 
@@ -263,17 +193,41 @@ class _Fragment:
     extradata: bytes
 
 
-def _encode(chunk: Tensor, encoding: Encoding, rate: Fraction, tags: Mapping[str, str], start: int) -> _Fragment:
+def _append(file: io.FileIO, init: bytes, body: bytes) -> None:
+    """A fragment on the disk, whole or not there: libav cannot open a file that ends inside a ``moof``.
+
+    So the fragment is written as one ``free`` box, which players skip, and becomes one by its first eight bytes.
+    """
+    start = file.tell()
+    try:
+        _write_all(file, init + len(body).to_bytes(4, "big") + b"free" + body[8:])
+        os.fsync(file.fileno())
+        file.seek(start + len(init))
+        _write_all(file, body[:8])
+        os.fsync(file.fileno())
+        file.seek(0, os.SEEK_END)
+    except OSError:
+        file.truncate(start)
+        raise
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _encode(chunk: Tensor, job: _Job, start: int) -> _Fragment:
     """Encode (1, 3, t, h, w) whose first frame is number ``start`` as a closed group of pictures."""
     flags = "frag_custom+empty_moov+default_base_moof+skip_trailer" + ("+frag_discont" if start else "")
-    options = {"movflags": flags + _tag_flag(tags), "use_editlist": "0", "avoid_negative_ts": "disabled"}
+    options = {"movflags": flags + _tag_flag(job.tags), "use_editlist": "0", "avoid_negative_ts": "disabled"}
     options["fragment_index"] = str(start + 1)  # has to grow, not to be consecutive
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options=options) as container:
-        container.metadata.update(tags)
-        stream = _add_stream(container, encoding, rate, Size(chunk.shape[-1], chunk.shape[-2]))
+        container.metadata.update(job.tags)
+        stream = _add_stream(container, job, Size(chunk.shape[-1], chunk.shape[-2]))
         due = start
-        for picture in _pictures(chunk, encoding, start):
+        for picture in _pictures(chunk, job.encoding, start):
             for packet in stream.encode(picture):
                 if packet.pts != due:
                     raise RunError(f"the encoder gave frame {packet.pts} where frame {due} was due")
@@ -288,12 +242,13 @@ def _encode(chunk: Tensor, encoding: Encoding, rate: Fraction, tags: Mapping[str
     return _Fragment(data[:cut], data[cut:], extradata)
 
 
-def _add_stream(container: Any, encoding: Encoding, rate: Fraction, size: Size) -> Any:
-    stream = container.add_stream(encoding.encoder.library, rate=rate, options=encoding.options())
+def _add_stream(container: Any, job: _Job, size: Size) -> Any:
+    encoding = job.encoding
+    stream = container.add_stream(encoding.encoder.library, rate=job.rate, options=encoding.options())
     stream.width, stream.height, stream.pix_fmt = size.width, size.height, encoding.pix_fmt
     context = stream.codec_context
     context.codec_tag = encoding.encoder.tag
-    context.time_base = 1 / rate
+    context.time_base = 1 / job.rate
     context.color_primaries = context.color_trc = context.colorspace = BT709
     context.color_range = LIMITED
     context.thread_count = encoding.threads
@@ -311,7 +266,7 @@ def _pictures(chunk: Tensor, encoding: Encoding, start: int) -> Iterator[av.Vide
         for plane, values in zip(picture.planes, (planes.y, planes.cb, planes.cr), strict=True):
             rows = np.zeros((plane.height, plane.line_size // kind().itemsize), kind)
             rows[:, : plane.width] = values.numpy()
-            plane.update(rows)
+            plane.update(rows.tobytes())
         picture.pts = number
         yield picture
     yield None
@@ -334,12 +289,15 @@ def _finish(target: Path, tags: Mapping[str, str]) -> None:
     made = part.with_name(f"{target.stem}.part.remux{target.suffix}")
     try:
         with (
-            _opened(part) as source,
+            av.open(str(part)) as source,
             av.open(str(made), "w", format="mp4", options={"movflags": "faststart" + _tag_flag(tags)}) as container,
         ):
             container.metadata.update(tags)
             inner = source.streams.video[0]
-            stream = container.add_stream_from_template(inner)
+            # A template becomes an encoder, which AV1's decoder has none of; as coded, H.265 would lose its hvc1.
+            stream: Any = container.add_stream_from_template(inner, opaque=inner.codec_context.name == "libdav1d")
+            if stream.codec_context is not None:
+                stream.codec_context.codec_tag = inner.codec_context.codec_tag
             for packet in source.demux(inner):
                 if packet.size:
                     packet.stream = stream
@@ -353,58 +311,6 @@ def _finish(target: Path, tags: Mapping[str, str]) -> None:
         raise RunError(f"cannot finish {target}: {error.strerror or error}; all frames are in {part}") from None
     finally:
         made.unlink(missing_ok=True)
-
-
-def _frames(path: str | Path, size: Size | None) -> Iterator[Tensor]:
-    with _opened(path) as container:
-        for frame in container.decode(container.streams.video[0]):
-            pixels = torch.rot90(_rgb(frame), frame.rotation // 90 % 4, dims=(1, 2))
-            if size is not None and pixels.shape[-2:] != (size.height, size.width):
-                pixels = fit_pixels(pixels, size)
-            yield pixels[None, :, None].contiguous()
-
-
-def _rgb(frame: av.VideoFrame) -> Tensor:
-    """(3, h, w) float32 in [-1, 1]. Untagged video is taken for BT.709 from 720 lines on, else for BT.601."""
-    matrix = int(frame.colorspace)
-    if not knows_matrix(matrix):
-        matrix = BT709 if frame.height >= 720 else 5
-    full_range = int(frame.color_range) == FULL or frame.format.name.startswith("yuvj")
-    depth = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10}.get(frame.format.name)
-    if depth and frame.width % 2 == 0 and frame.height % 2 == 0:
-        kind: Any = np.uint8 if depth == 8 else np.uint16
-        planes = [
-            torch.from_numpy(
-                np.frombuffer(p, kind)
-                .reshape(p.height, p.line_size // kind().itemsize)[:, : p.width]
-                .astype(np.float32)
-            )
-            for p in frame.planes
-        ]
-        return yuv420_to_rgb(Planes(*planes), bit_depth=depth, matrix=matrix, full_range=full_range)
-    rgb = frame.format.name.startswith(("rgb", "bgr", "gbr", "pal", "argb", "abgr"))
-    picture = frame.reformat(
-        format="rgb24",
-        src_colorspace=None if rgb else matrix,
-        src_color_range=ColorRange.JPEG if rgb or full_range else ColorRange.MPEG,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=_ACCURATE,
-    )
-    return torch.from_numpy(picture.to_ndarray()).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1)
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    """The container of a local video file; every way in which it is not one is a ``UsageError``."""
-    checked = check_file(path, "video")
-    try:
-        # Under "file:" no part of a name can be taken for another protocol.
-        with av.open(f"file:{checked}", options={"format_whitelist": _DEMUXERS}) as container:
-            if not container.streams.video:
-                raise UsageError(f"{path}: holds no video")
-            yield container
-    except av.FFmpegError as error:
-        raise UsageError(f"{path}: not a readable video ({error.strerror}); give MP4, MOV, WebM, MKV or AVI") from None
 
 
 @contextmanager
@@ -422,8 +328,8 @@ def _check_chunk(chunk: Tensor, shape: tuple[int, ...] | None, start: int) -> No
     if chunk.ndim != 5 or chunk.shape[:2] != (1, 3) or not chunk.is_floating_point():
         raise RunError(f"frame {start}: a {chunk.dtype} chunk {tuple(chunk.shape)} is not float (1, 3, t, h, w)")
     height, width = chunk.shape[-2:]
-    if height % 2 or width % 2 or not 64 <= min(height, width) <= max(height, width) <= MAX_SIDE:
-        raise RunError(f"frame {start}: {width}x{height} cannot be encoded; sides are even, from 64 to {MAX_SIDE}")
+    if height % 2 or width % 2 or not 16 <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        raise RunError(f"frame {start}: {width}x{height} cannot be encoded; sides are even, from 16 to {MAX_SIDE}")
     if shape is not None and shape != (height, width):
         raise RunError(f"frame {start}: {width}x{height} after {shape[1]}x{shape[0]}; all chunks have one size")
 

@@ -12,8 +12,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from .core import RunError, UsageError
 
@@ -27,7 +27,7 @@ _LONGEST_ADDITION = len("_0001.part.remux")
 
 
 def part_path(target: Path) -> Path:
-    """Where ``target`` is while it is being made: ``clip.mp4`` -> ``clip.part.mp4``, folder ``clip`` -> ``clip.part``."""
+    """Where ``target`` is while it is made: ``clip.mp4`` -> ``clip.part.mp4``, a folder ``clip`` -> ``clip.part``."""
     return target.with_name(f"{target.stem}.part{target.suffix}")
 
 
@@ -98,14 +98,14 @@ def check_writable(target: str | Path, bytes_needed: int = 0) -> None:
 
 
 @contextmanager
-def locked_part(target: Path) -> Iterator[BinaryIO]:
-    """The part file of ``target``, open for writing and locked; removed at the end if it is still empty.
+def locked_part(target: Path) -> Iterator[FileIO]:
+    """The part file of ``target``, open for unbuffered writing and locked; removed at the end if it is still empty.
 
     Raises ``UsageError`` if another process is writing it. A part left by a killed process is taken over.
     """
     part = part_path(target)
     try:
-        file = open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
+        file = open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise UsageError(f"cannot write {_brief(part)}: {error.strerror or error}") from None
     with file:
@@ -116,13 +116,14 @@ def locked_part(target: Path) -> Iterator[BinaryIO]:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise UsageError(f"cannot lock {part}: {error.strerror}") from None
                 raise UsageError(f"{part} is being written by another process; choose another name") from None
+            if not _is_still(file, part):
+                raise UsageError(f"{target} was finished by another process just now; choose another name")
         try:
             yield file
         finally:
-            # The part may be published by now and the name reserved by someone else: look at our own file.
-            with suppress(FileNotFoundError):
-                if os.fstat(file.fileno()).st_size == 0 and os.path.samestat(os.fstat(file.fileno()), part.stat()):
-                    part.unlink()
+            # The part may be published by now and its name reserved by someone else: look at our own file.
+            if os.fstat(file.fileno()).st_size == 0 and _is_still(file, part):
+                part.unlink()
 
 
 def publish(made: Path, target: Path) -> None:
@@ -149,6 +150,10 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _is_still(file: FileIO, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _check_name(target: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import flow, presets
 from .core import Chunk, Event, Request, RunError
-from .media import read_image
+from .images import read_image
 from .memory import Placement
 from .models.causal_vae import decode_stream, encode_stream, streaming
 from .models.text import encode_prompts, truncated_prompt
@@ -229,10 +229,12 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             **request_fields,
         )
         photo = fit_image(source.pixels, request.size, request.fit)
-        with self.progress_bar(total=None) as bar:
+        with self.progress_bar(total=1) as bar:
 
             def follow(event: Event) -> None:
                 if event.type == "progress" and event.phase in ("motion", "refine"):
+                    if bar.total != event.total:
+                        bar.reset(event.total)
                     bar.update()
                     if callback_on_step_end is not None:
                         callback_on_step_end(self, event.step, event.total, {})
@@ -333,5 +335,3 @@ class Reporter:
 
 def _cut(request: Request) -> dict[str, int]:
     return {"segment_blocks": request.csg.segment_blocks, "neighbor_blocks": request.csg.neighbor_blocks}
-
-

@@ -205,7 +205,9 @@ def _choose_size(
         raise UsageError(f"fit {fit!r} is not known; use auto, crop or pad")
     if size is not None:
         if fit == "auto":
-            raise UsageError(f"--size {size} is exact, --fit auto chooses a size; use --fit crop or pad, or --resolution")
+            raise UsageError(
+                f"--size {size} is exact, --fit auto chooses a size; use --fit crop or pad, or --resolution"
+            )
         return Size.parse(size), fit or "crop"
     if resolution is not None and resolution.lower() not in RESOLUTIONS:
         raise UsageError(f"resolution {resolution!r} is not known; known: {', '.join(RESOLUTIONS)}")

@@ -22,7 +22,8 @@ from .memory import Placement, choose_placement, place
 from .models.self_check import self_check_conv3d
 from .models.wan import SwiftI2VTransformer3DModel
 from .presets import Preset
-from .weights import hash_files, load_lora
+from .checkpoints import hash_files
+from .lora import load_lora
 
 if TYPE_CHECKING:
     from .pipeline import SwiftI2VPipeline
@@ -72,14 +73,9 @@ def load(
         pipeline = SwiftI2VPipeline.from_wan(one, two, preset=preset.name, torch_dtype=placement.dtype)
     else:
         raise UsageError(f"preset {preset.name!r} has no public weights; {_help_for(preset)}")
-    for number, (stage, files) in enumerate((("one", loras), ("two", loras_2))):
-        names = []
+    for stage, files in (("one", loras), ("two", loras_2)):
         for index, (path, weight) in enumerate(files):
-            names.append(f"{stage}_{index}")
-            load_lora(pipeline, path, adapter_name=names[-1], weight=weight, stage=stage)
-        if names:
-            target = pipeline.transformer if number == 0 else pipeline.transformer_2
-            target.set_adapters(names, [weight for _, weight in files])
+            load_lora(pipeline, path, adapter_name=f"{stage}_{index}", weight=weight, stage=stage)
     place_pipeline(pipeline, placement)
     return pipeline
 
@@ -102,7 +98,7 @@ def assemble_wan(
     base = two["transformer"]
     names = ("tokenizer", "text_encoder", "image_encoder", "image_processor", "transformer", "vae")
     components = {name: one.get(name) for name in names}
-    components["transformer_2"] = SwiftI2VTransformer3DModel.from_wan(base) if widen else base
+    components["transformer_2"] = SwiftI2VTransformer3DModel.from_wan(base, base.config.out_channels) if widen else base
     components["vae_2"] = two["vae"]
     components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=5.0)
     return components, sources

@@ -74,7 +74,8 @@ def refine(
         following = plan[number + 1].context if number + 1 < len(plan) else ()
         outputs = {block: outputs[block] for block in following if block in outputs}
         references.drop_before(min((b for b in following if b > 0), default=window.segment[-1] + 1))
-        starts.drop_before(window.segment[-1] + 1)
+        if starts is not references:
+            starts.drop_before(window.segment[-1] + 1)
 
 
 def dit_velocity(

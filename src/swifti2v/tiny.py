@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5EncoderModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from . import presets
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.text import nano_tokenizer
@@ -95,13 +96,20 @@ def _nano() -> dict[str, Any]:
     components = {
         "transformer": MobileTransformer3DModel(cross_attention_dim=TEXT_DIM, absolute_positions=True, **common),
         "transformer_2": MobileTransformer3DModel(**common),
-        "vae": NanoVAE(),
+        "vae": _nano_vae(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
         **_text(),
     }
     for name in ("transformer", "transformer_2"):
         nn.init.normal_(components[name].proj_out.weight, std=0.02)  # zero by default: nothing would be tested
     return components
+
+
+def _nano_vae() -> NanoVAE:
+    """The shipped transform (it is part of the configuration) with a thin random refiner."""
+    config = NanoVAE.load_config(str(presets.package_folder() / "nano" / "vae"))
+    thin = {"image_width": 16, "image_layers": 1, "video_width": 16, "video_layers": 1}
+    return NanoVAE.from_config({**config, **thin})
 
 
 def _wan(widen: bool, trained: bool) -> dict[str, Any]:

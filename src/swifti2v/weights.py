@@ -147,21 +147,32 @@ def load_transformer(
         refuse(name, "keys that the base does not have", tensors.keys() - beneath.keys())
         tensors = {**beneath, **tensors}
         layout, files, found = f"{layout} over {base_layout}", [*files, *base_files], found or base_found
-    wan = issubclass(cls, WanTransformer3DModel)
-    inferred = _infer_dit(tensors) if wan else {}
-    if overlay and "in_channels" in inferred:  # trained tensors may widen the base's patch embedding
-        found = {**found, "in_channels": inferred["in_channels"]}
-    settings = {**inferred, **found, **_overrides(config)}
-    if wan and "num_attention_heads" not in settings and "patch_embedding.weight" in tensors:
-        raise UsageError(
-            f"{name}: cannot tell the heads of width {tensors['patch_embedding.weight'].shape[0]}, not a multiple of "
-            f"{HEAD_DIM}; pass config with num_attention_heads and attention_head_dim"
-        )
+    widened = bool(overlay and "patch_embedding.weight" in overlay)
+    settings = {**_settings(cls, tensors, found, widened), **_overrides(config)}
+    if issubclass(cls, WanTransformer3DModel) and "num_attention_heads" not in settings:
+        _refuse_unknown_heads(name, tensors)
     model, ignored = _fill(cls, settings, tensors, name, dtype)
     matched = (overlay or set(tensors)) - ignored
     missing = set(tensors) - ignored - matched
     keys = [tuple(sorted(group)) for group in (matched, missing, ignored)]
     return model, LoadReport(name, layout, keys[0], keys[1], keys[2], hash_list(files))
+
+
+def _settings(cls: type[Any], tensors: Mapping[str, Tensor], found: dict[str, Any], widened: bool) -> dict[str, Any]:
+    """The config in a folder, completed from shapes; trained tensors may widen, and have trained, the base's input."""
+    inferred = _infer_dit(tensors) if issubclass(cls, WanTransformer3DModel) else {}
+    if widened:
+        trained = {"reference_is_untrained": False} if "reference_is_untrained" in found else {}
+        found = {**found, "in_channels": inferred.get("in_channels"), **trained}
+    return {**inferred, **found}
+
+
+def _refuse_unknown_heads(name: str, tensors: Mapping[str, Tensor]) -> None:
+    if "patch_embedding.weight" in tensors:
+        raise UsageError(
+            f"{name}: cannot tell the heads of width {tensors['patch_embedding.weight'].shape[0]}, not a multiple of "
+            f"{HEAD_DIM}; pass config with num_attention_heads and attention_head_dim"
+        )
 
 
 def _default_class() -> type[Any]:

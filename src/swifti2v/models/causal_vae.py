@@ -28,7 +28,8 @@ class StreamingVAE(Protocol):
 
     ``encode_chunk`` takes one frame at the start of a stream, then multiples of ``temporal_stride``, and gives
     raw latents (the posterior's mode); ``decode_chunk`` takes any number of raw latent blocks and gives pixels,
-    not yet clamped. A state may be passed on only once: a call consumes the state that it is given.
+    not yet clamped, which the caller may overwrite. Both see to their own dtype. A state may be passed on only once:
+    a call consumes the state that it is given.
     ``latents_mean`` and ``latents_std`` are (c,), float32.
     """
 
@@ -83,7 +84,7 @@ class WanStreamingVAE:
     ) -> tuple[Float[Tensor, "b c k h2 w2"], WanStreamState]:
         """Raw latents (the posterior's mode) of 1 + 4k frames at the start of a stream, of 4k frames later."""
         state = state or _fresh(self.vae.encoder)
-        x = patchify(_enter(self.vae, x), self.vae.config.patch_size or 1)
+        x = patchify(_enter(self.vae, x).to(self.vae.dtype), self.vae.config.patch_size or 1)
         head = 1 if state.first else 0
         groups, rest = divmod(x.shape[2] - head, self.temporal_stride)
         if rest or x.shape[2] == 0:
@@ -103,7 +104,7 @@ class WanStreamingVAE:
         state = state or _fresh(self.vae.decoder)
         if z.shape[2] == 0:
             raise ValueError("a chunk of 0 latent blocks cannot be decoded")
-        blocks = [self.vae.post_quant_conv(block) for block in _enter(self.vae, z).split(1, dim=2)]
+        blocks = [self.vae.post_quant_conv(block) for block in _enter(self.vae, z).to(self.vae.dtype).split(1, dim=2)]
         firsts = [state.first] + [False] * (len(blocks) - 1)
         if self.tiling is not None:
             x = decode_tiled(self.vae.decoder, blocks, firsts, (state.cache, state.tiles), self.tiling)
@@ -191,9 +192,10 @@ def _encode_group(vae: StreamingVAE, frames: Tensor, state: Any) -> tuple[Tensor
 
 
 def _enter(vae: object, x: Tensor) -> Tensor:
-    """Wake a module's offload hooks, which fire by themselves only on forward, then follow its device and dtype.
+    """Wake a module's offload hooks, which fire by themselves only on forward, and bring x to where it computes.
 
-    Objects that are not diffusers modules (the adapter, which enters its own VAE) take x as it is.
+    Objects that are not diffusers modules (the adapter, which enters its own VAE) take x as it is. The dtype is left
+    to ``encode_chunk`` and ``decode_chunk``: a VAE may want its first layers in float32.
     """
     if not isinstance(vae, ModelMixin):
         return x
@@ -201,7 +203,7 @@ def _enter(vae: object, x: Tensor) -> Tensor:
     if hook is not None:
         hook.pre_forward(vae)
     device = getattr(hook, "execution_device", None)
-    return x.to(device=vae.device if device is None else device, dtype=vae.dtype)
+    return x.to(vae.device if device is None else device)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """A start-up check that this build of torch computes conv3d rightly.
 
-Some did not: bf16 conv3d gave wrong values with cuDNN 9.8-9.10 (pytorch#163539), silently. A VAE is hundreds of
-conv3d, so one small convolution of each kind it uses is compared with arithmetic done by hand in float64.
+Some did not, silently (pytorch#169688, #163539), and a VAE is a hundred of them; so small ones like the VAE's are
+compared with arithmetic done by hand in float64. What goes wrong only at large sizes, as bf16 with cuDNN 9.10
+did, a small convolution cannot show.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def self_check_conv3d(device: torch.device | str = "cpu", dtype: torch.dtype = t
     for stride in _STRIDES:
         for memory_format in (torch.contiguous_format, torch.channels_last_3d):
             with torch.no_grad():
-                here = (tensor.to(device).to(memory_format=memory_format) for tensor in (x, weight))
-                got = torch.nn.functional.conv3d(*here, stride=stride)
+                x_here, weight_here = (tensor.to(device).to(memory_format=memory_format) for tensor in (x, weight))
+                got = torch.nn.functional.conv3d(x_here, weight_here, stride=stride)
             require_close(got, conv3d_reference(x, weight, stride), dtype)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import ftfy
 import torch
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5Config
 
@@ -40,7 +41,6 @@ def nano_text_config() -> T5Config:
         feed_forward_proj="gated-gelu",
         relative_attention_max_distance=64,
         dropout_rate=0.0,
-        tie_word_embeddings=False,
     )
 
 
@@ -51,7 +51,7 @@ def encode_prompts(
 
     Longer prompts are cut (``truncated_prompt`` tells what is lost). Gradients flow if the caller enables them.
     """
-    device = text_encoder.get_input_embeddings().weight.device
+    device = get_module_execution_device(text_encoder)
     tokens = tokenizer(
         [clean_prompt(prompt) for prompt in prompts],
         padding="max_length",
@@ -75,7 +75,7 @@ def truncated_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length
     if len(ids) <= max_length:
         return None
     kept = tokenizer(prompt, add_special_tokens=True, truncation=True, max_length=max_length).input_ids
-    read = tokenizer.decode(kept, skip_special_tokens=True)
+    read = str(tokenizer.decode(kept, skip_special_tokens=True))
     if prompt.startswith(read):  # also returns a character of which only some bytes fitted
         return prompt[len(read) :].strip()
-    return tokenizer.decode(ids[len(kept) - 1 :], skip_special_tokens=True).strip()
+    return str(tokenizer.decode(ids[len(kept) - 1 :], skip_special_tokens=True)).strip()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -120,7 +120,7 @@ class SwiftI2VTransformer3DModel(WanTransformer3DModel):
                 f"{hidden_states.shape[1]} latent and reference channels together; this model takes "
                 f"{config.in_channels} (are the reference latents missing?)"
             )
-        grid = [size // patch for size, patch in zip(hidden_states.shape[2:], config.patch_size, strict=True)]
+        grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.rope.patch_size, strict=True)]
         rotary_emb = self.rope(hidden_states, frame_indices)
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         temb, modulation, context, image_context = self.condition_embedder(
@@ -174,7 +174,7 @@ class SwiftI2VTransformer3DModel(WanTransformer3DModel):
 
     def _unpatchify(self, tokens: Tensor, grid: list[int]) -> Float[Tensor, "b o t h w"]:
         t, h, w = grid
-        p, q, r = cast(Any, self.config).patch_size
+        p, q, r = self.rope.patch_size
         shape = "b (t h w) (p q r o) -> b o (t p) (h q) (w r)"
         return rearrange(tokens, shape, t=t, h=h, w=w, p=p, q=q, r=r)
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 AMPLITUDE_FRAMES = 80  # amplitudes are reached this many frames after frame 0 (an 81-frame clip)
 SPEEDS = ("slow", "", "fast")
-PAN = (0.04, 0.08, 0.12)
-ZOOM = (1.06, 1.12, 1.18)
-ROLL = (2.0, 4.0, 6.0)
-SHAKE = (0.003, 0.006, 0.009)
+PAN = (0.03, 0.06, 0.09)
+ZOOM = (1.04, 1.08, 1.12)
+ROLL = (1.5, 3.0, 4.5)
+SHAKE = (0.002, 0.004, 0.006)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,254 @@
+"""What a user asked for, checked: everything that can be found before weights load is found here.
+
+Nothing is made on disk and nothing is printed. This module knows options and files' names, not how a
+video is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import media, presets
+from .checkpoints import sha256
+from .core import Request, Size, UsageError
+from .journal import Inputs, Manifest, WriteOptions
+from .origin import Origin, described, find_photo, origin_of
+from .presets import Preset
+from .reference import fit_image
+from .segments import CSG
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .cli import Options
+    from .plan import Plan
+
+_DIRECT = (
+    "negative_prompt", "fps", "num_inference_steps", "num_inference_steps_2", "guidance_scale",
+    "guidance_scale_2", "encode",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A checked request with all it takes to begin; nothing exists on disk yet.
+
+    ``wanted``: the output's path, which ``start`` makes unique; ``photo``: fitted, (1, 3, 1, H, W);
+    ``before``: what made the file that this order makes again.
+    """
+
+    manifest: Manifest
+    photo: Tensor
+    wanted: Path
+    notices: tuple[str, ...] = ()
+    preview: bool = False
+    before: Origin | None = None
+
+
+def prepare(options: Options) -> Order:
+    """Check everything that ``generate`` needs. Raises UsageError; makes nothing."""
+    if options.image is None:
+        raise UsageError("--image is missing; give the photo to start from")
+    if options.prompt is None:
+        raise UsageError('--prompt is missing; say what should happen, e.g. --prompt "slow pan left"')
+    preset = presets.get(options.preset)
+    source = media.read_image(options.image)
+    request, notices = request_of(options, preset, source.size, source.sha256)
+    write = _write_options(options)
+    inputs = Inputs(
+        photo_name=Path(options.image).name,
+        model=location(options.model),
+        loras=_loras(options.lora),
+        loras_2=_loras(options.lora_2),
+        motion=None if options.motion is None else str(Path(options.motion).expanduser().absolute()),
+    )
+    wanted = _wanted(options.output, Path(options.image).stem, request)
+    check_weights(preset, inputs.model)
+    media.check_writable(wanted, planned(request, preset, inputs.model).disk_bytes)
+    manifest = Manifest(
+        request=request,
+        model=described(preset, inputs),
+        settings=_settings(options),
+        inputs=inputs,
+        output=wanted.name,
+        write=write,
+        keep_job=options.keep_job,
+    )
+    photo = fit_image(source.pixels, request.size, request.fit)
+    return Order(manifest, photo, wanted, (*source.notes, *notices), options.preview)
+
+
+def request_of(options: Options, preset: Preset, photo: Size | None, sha256: str = "") -> tuple[Request, list[str]]:
+    """The legal request for these options, and what was snapped. Raises UsageError."""
+    fields = {name: getattr(options, name) for name in _DIRECT}
+    fields["fps"], motion_frames, motion_sha256 = _motion_facts(options)
+    cuts = {name: getattr(options, name) for name in ("segment_blocks", "neighbor_blocks", "rope_positions")}
+    base = preset.defaults.get("csg", CSG()).model_dump()
+    num_frames = _num_frames(options, fields["fps"] or preset.fps, preset)
+    request, notices = presets.resolve(
+        preset,
+        prompt=options.prompt or "",
+        photo_size=photo,
+        size=options.size,
+        resolution=options.resolution,
+        fit=options.fit,  # type: ignore[arg-type]
+        num_frames=motion_frames if num_frames is None else num_frames,
+        seed=options.seed,
+        strict=options.strict,
+        csg={**base, **{name: value for name, value in cuts.items() if value is not None}},
+        exact_first_frame=options.exact_first_frame,
+        image_sha256=sha256,
+        motion_sha256=motion_sha256,
+        **fields,
+    )
+    if motion_frames is not None and motion_frames < request.num_frames:
+        raise UsageError(f"--motion has {motion_frames} frames, {request.num_frames} are asked for; lower --num-frames")
+    return request, notices
+
+
+def plan_of(options: Options) -> Plan:
+    """The ``Plan`` of these options; the photo is optional (its aspect decides the size)."""
+    preset = presets.get(options.preset)
+    size = media.read_image(options.image).size if options.image is not None else None
+    request, _ = request_of(options, preset, size)
+    return planned(request, preset, options.model)
+
+
+def planned(request: Request, preset: Preset, model: str | None) -> Plan:
+    """What a request costs with these weights on this machine, as ``doctor`` measured it."""
+    from .costs import read_nano
+    from .plan import plan, stored_calibration
+
+    networks = None
+    if preset.family == "nano" and model is not None and Path(model).is_dir():
+        try:
+            networks = read_nano(Path(model), preset.prompt_tokens)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UsageError(f"--model {Path(model).name} has an unusable config.json: {error}") from None
+    return plan(request, preset, stored_calibration(), networks=networks)
+
+
+def prepare_again(file: Path, *, image: str | None, output: str | None, model: str | None) -> Order:
+    """The order that made ``file``, from the file's own metadata. Raises UsageError."""
+    origin = origin_of(file)
+    request = origin.request
+    if origin.loras or request.motion_sha256:
+        what = "LoRA files" if origin.loras else "a motion video"
+        raise UsageError(
+            f"{file.name} was made with {what}, which rerun cannot find; use generate with the same options"
+        )
+    photo = Path(image) if image is not None else find_photo(origin, (file.parent, Path.cwd()))
+    source = media.read_image(photo)
+    if source.sha256 != request.image_sha256:
+        raise UsageError(f"{photo.name} is not the photo {file.name} was made from (its checksum differs)")
+    preset = presets.get(request.preset)
+    inputs = Inputs(photo_name=photo.name, model=location(model))
+    check_weights(preset, inputs.model)
+    wanted = _wanted(output, photo.stem, request)
+    media.check_writable(wanted, planned(request, preset, inputs.model).disk_bytes)
+    manifest = Manifest(
+        request=request,
+        model=described(preset, inputs),
+        settings={name: value for name, value in origin.settings.items() if name in ("dtype", "device", "threads")},
+        inputs=inputs,
+        output=wanted.name,
+        write=origin.write,
+    )
+    notices = (f"photo: {photo}", *source.notes)
+    return Order(manifest, fit_image(source.pixels, request.size, request.fit), wanted, notices, before=origin)
+
+
+def check_weights(preset: Preset, model: str | None) -> None:
+    """UsageError if the weights are certainly not there. What is on a hub is not looked up here."""
+    folder = Path(model) if model is not None else preset.folder
+    if folder is None or (model is not None and ("," in model or (model.count("/") == 1 and not folder.exists()))):
+        return
+    if not (folder / "model_index.json").is_file():
+        where = "this installation" if model is None else f"--model {model!r}"
+        raise UsageError(f"{where} has no weights of {preset.name}: no model_index.json in {folder.name}")
+
+
+def _num_frames(options: Options, fps: float, preset: Preset) -> int | None:
+    if options.duration is None:
+        return options.num_frames
+    if options.num_frames is not None:
+        raise UsageError("--duration and --num-frames both set the length; give one of them")
+    try:
+        seconds = float(options.duration.strip().removesuffix("s"))
+    except ValueError:
+        raise UsageError(f"duration {options.duration!r} is not a number of seconds, e.g. 5s") from None
+    if not 0 < seconds < 1e6:
+        raise UsageError(f"duration {options.duration!r} is not positive; give seconds, e.g. 5s")
+    # One more than seconds times fps: the last frame is shown at that time.
+    return preset.grid.snap_frames(round(seconds * fps) + 1)
+
+
+def _motion_facts(options: Options) -> tuple[float | None, int | None, str]:
+    """fps, usable frames and SHA-256 of ``--motion``; fps is the user's if given."""
+    if options.motion is None:
+        return options.fps, None, ""
+    if options.preview:
+        raise UsageError("--preview shows stage I, which --motion replaces; give one of them")
+    facts = media.probe(options.motion)
+    if facts.frames < 5:
+        raise UsageError(f"--motion {options.motion} has {facts.frames} frames; at least 5 are needed")
+    usable = (facts.frames - 1) // 4 * 4 + 1
+    return options.fps or facts.fps or None, usable, sha256(options.motion)
+
+
+def _write_options(options: Options) -> WriteOptions:
+    media.Encoding(options.codec, options.bit_depth, options.crf)
+    return WriteOptions(
+        codec=options.codec, bit_depth=options.bit_depth, crf=options.crf, metadata=not options.no_metadata
+    )
+
+
+def _settings(options: Options) -> dict[str, str]:
+    """What the user asked for; ``fingerprint`` replaces it by what was used."""
+    from .memory import choose_placement
+
+    choose_placement(options.device, "float32" if options.dtype == "auto" else options.dtype, options.threads)
+    settings = {"dtype": options.dtype}
+    if options.device is not None:
+        settings["device"] = options.device
+    if options.threads is not None:
+        settings["threads"] = str(options.threads)
+    return settings
+
+
+def _wanted(output: str | None, stem: str, request: Request) -> Path:
+    """Where the result goes: a video, or a folder of pictures (no suffix)."""
+    name = f"{stem}_{request.seed}_{request.size}_{request.num_frames}f.mp4"
+    if output is None:
+        return Path(name)
+    path = Path(output).expanduser()
+    if path.is_dir():
+        return path / name
+    return path.with_suffix("") if path.suffix.lower() == ".png" else path
+
+
+def location(model: str | None) -> str | None:
+    """A folder absolutely, since ``resume`` may run elsewhere; a hub name as it is."""
+    return str(Path(model).absolute()) if model is not None and Path(model).exists() else model
+
+
+def _loras(given: list[str] | None) -> tuple[str, ...]:
+    found = []
+    for text in given or ():
+        path, weight = split_lora(text)
+        if not Path(path).expanduser().is_file():
+            raise UsageError(f"LoRA {path!r} does not exist; give PATH or PATH:WEIGHT")
+        found.append(f"{Path(path).expanduser().absolute()}:{weight:g}")
+    return tuple(found)
+
+
+def split_lora(text: str) -> tuple[str, float]:
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise UsageError(f"LoRA weight {weight!r} is not a number; give PATH or PATH:WEIGHT") from None

@@ -1,0 +1,236 @@
+"""From a checked order to a finished file, and the way on after a failure.
+
+``start`` makes an ``Order`` (checked by ``order``), ``resume`` continues a job; both through a job directory,
+so that a failure at any time leaves either nothing or a job to resume. Prints nothing: events go to ``emit``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from . import media, presets
+from .checkpoints import sha256
+from .core import Event, RunError, UsageError
+from .journal import Job, Manifest
+from .order import Order, check_weights, location, split_lora
+from .origin import Origin, record_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .pipeline import SwiftI2VPipeline
+
+Emit = Callable[[Event], None]
+VIDEO_SUFFIXES = (".mp4", ".m4v")
+_UNCOMPARED = ("dtype_reason",)  # holds measured speeds
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a line that says how to go on."""
+
+
+def start(order: Order, emit: Emit) -> Path:
+    """Make the video of an order; returns the path of the file (of the preview, if that was asked for)."""
+    target = media.unique_path(order.wanted)
+    try:
+        manifest = order.manifest.model_copy(update={"output": target.name})
+        job = Job.create(target.with_name(f"{target.stem}.job"), manifest, order.photo)
+    except BaseException:
+        media.release(target)
+        raise
+    clock = _Clock(emit)
+    with job, _accountable(job, fresh=True):
+        for line in order.notices:
+            clock.say("notice", "image", line)
+        path = _make(job, clock, preview=order.preview, before=order.before)
+    clock.say("completed", "write", str(path))
+    return path
+
+
+def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = False) -> Path:
+    """Continue an interrupted job under the settings it began with; ``model``: where its weights are now.
+
+    Raises UsageError, and leaves the job alone, if weights, libraries or settings differ (unless ``force``).
+    """
+    clock = _Clock(emit)
+    with Job.open(folder) as job:
+        begun = bool(job.manifest.model_hashes or job.manifest.versions)
+        if model is not None:
+            inputs = job.manifest.inputs.model_copy(update={"model": location(model)})
+            job.replace_manifest(job.manifest.model_copy(update={"inputs": inputs}))
+        check_weights(presets.get(job.manifest.request.preset), job.manifest.inputs.model)
+        _clear_leftovers(job)
+        with _accountable(job, fresh=False):
+            path = _make(job, clock, before=job.manifest if begun else None, refuse=not force)
+    clock.say("completed", "write", str(path))
+    return path
+
+
+def _make(
+    job: Job, clock: _Clock, *, before: Origin | Manifest | None = None, preview: bool = False, refuse: bool = False
+) -> Path:
+    """Load, compare with what was used ``before`` (and ``refuse`` differences), make, publish, remove the job."""
+    pipe = _load(job.manifest, clock)
+    found = pipe.fingerprint()
+    for lora, _ in map(split_lora, (*job.manifest.inputs.loras, *job.manifest.inputs.loras_2)):
+        found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
+    changes = list(differences(before, found)) if before is not None else []
+    if changes and refuse:
+        raise UsageError(f"this is not what the job began with: {'; '.join(changes)}; use --force to go on regardless")
+    for line in changes:
+        clock.say("notice", "load", f"not as before: {line}")
+    job.replace_manifest(job.manifest.model_copy(update=found))
+    path = _preview(pipe, job, clock) if preview else _video(pipe, job, clock)
+    for line in job.notices:
+        clock.say("notice", "write", line)
+    if preview:
+        clock.say("notice", "write", f"to make the video: swifti2v resume {_shown(job.folder)}")
+    elif not job.manifest.keep_job:
+        job.remove()
+    return path
+
+
+def differences(before: Origin | Manifest, found: dict[str, dict[str, str]]) -> Iterator[str]:
+    """What is not as it was: one phrase for each library, setting and weight file."""
+    for part in ("versions", "settings", "model_hashes"):
+        then: dict[str, str] = getattr(before, part)
+        now = found[part]
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name) and name not in _UNCOMPARED:
+                short = 12 if part == "model_hashes" else 80
+                old, new = (values.get(name, "absent")[:short] for values in (then, now))
+                yield f"{name} was {old}, is {new}"
+
+
+def _load(manifest: Manifest, clock: _Clock) -> SwiftI2VPipeline:
+    """The pipeline, under the settings of the manifest. Raises UsageError or RunError, one line."""
+    clock.say("progress", "load", manifest.model)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from . import sources
+
+    # Their bars would write over ours.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    settings, inputs = manifest.settings, manifest.inputs
+    try:
+        return sources.load(
+            presets.get(manifest.request.preset),
+            model=inputs.model,
+            device=settings.get("device"),
+            dtype=settings.get("dtype", "auto"),
+            threads=int(settings["threads"]) if "threads" in settings else None,
+            loras=[split_lora(text) for text in inputs.loras],
+            loras_2=[split_lora(text) for text in inputs.loras_2],
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"cannot load the model ({manifest.model}): {reason}") from error
+
+
+def _video(pipe: SwiftI2VPipeline, job: Job, clock: _Clock) -> Path:
+    manifest, request = job.manifest, job.manifest.request
+    target = job.folder.parent / manifest.output
+    if os.path.lexists(target):
+        target = media.unique_path(target)
+    low = _motion_pixels(pipe, manifest)
+    stream = pipe.stream(job.photo(), request, job=job, motion=low, emit=clock.forward)
+    frames = (chunk.frames for chunk in stream)
+    if target.suffix.lower() not in VIDEO_SUFFIXES:
+        media.write_png_sequence(target, frames)
+        return target
+    encoding = media.Encoding(manifest.write.codec, manifest.write.bit_depth, manifest.write.crf)
+    tags = {"comment": record_of(manifest)} if manifest.write.metadata else {}
+    media.write_video(
+        target, frames, fps=request.fps, codec=encoding, metadata=tags, expected_frames=request.num_frames
+    )
+    return target
+
+
+def _preview(pipe: SwiftI2VPipeline, job: Job, clock: _Clock) -> Path:
+    target = job.folder.parent / job.manifest.output
+    media.release(target)
+    small = media.unique_path(target.with_name(f"{target.stem}_preview.mp4"))
+    frames = pipe.motion(job.photo(), job.manifest.request, job=job, emit=clock.forward)
+    try:
+        media.write_video(small, frames, fps=job.manifest.request.fps)
+    except BaseException:
+        media.part_path(small).unlink(missing_ok=True)
+        raise
+    return small
+
+
+def _motion_pixels(pipe: SwiftI2VPipeline, manifest: Manifest) -> Iterator[Tensor] | None:
+    path, request = manifest.inputs.motion, manifest.request
+    if path is None:
+        return None
+    if sha256(path) != request.motion_sha256:
+        raise UsageError(f"{Path(path).name} is not the motion video this job began with; put that one back")
+    frames = media.read_video(path, pipe.preset.grid.motion_size(request.size))
+    return islice(frames, request.num_frames)
+
+
+@contextmanager
+def _accountable(job: Job, *, fresh: bool) -> Iterator[None]:
+    """After a failure of a ``fresh`` job with nothing in it nothing is left; else the error says how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        if fresh and job.is_empty:
+            _discard(job)
+            raise
+        hint = f"resume with: swifti2v resume {_shown(job.folder)}"
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {hint}") from error
+        if isinstance(error, (OSError, MemoryError, RuntimeError)):
+            raise RunError(f"{str(error) or type(error).__name__}; {hint}") from error
+        raise
+
+
+def _discard(job: Job) -> None:
+    part = media.part_path(job.folder.parent / job.manifest.output)
+    job.remove()
+    if part.is_dir():
+        shutil.rmtree(part)
+    else:
+        part.unlink(missing_ok=True)
+
+
+def _clear_leftovers(job: Job) -> None:
+    """A folder of pictures that a killed run had begun is begun again; it is ours, since the job is."""
+    part = media.part_path(job.folder.parent / job.manifest.output)
+    if part.is_dir():
+        shutil.rmtree(part)
+
+
+class _Clock:
+    """Passes events on with the seconds since the whole run began; the pipeline's own end is not the run's."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit, self._begin = emit, time.monotonic()
+
+    def forward(self, event: Event) -> None:
+        if event.type != "completed":
+            self._emit(dataclasses.replace(event, seconds=round(time.monotonic() - self._begin, 3)))
+
+    def say(self, type: Any, phase: str, message: str) -> None:
+        self._emit(Event(type, phase, seconds=round(time.monotonic() - self._begin, 3), message=message))
+
+
+def _shown(path: Path) -> str:
+    """A path as it can be pasted from here."""
+    return shlex.quote(os.path.relpath(path))
