@@ -128,8 +128,8 @@ def stage_one(asked: argparse.Namespace) -> None:
                 "last": psnr(clip[:, 80], truth[:, 80]),
                 "last_still": psnr(scene.photo, truth[:, 80]),
             }
-            print(json.dumps({"prompt": prompt, "photo": index, "seconds": round(seconds, 1), **scores,
-                              "asked": wanted.code(), "found": [round(v, 2) for v in found.code()]}), flush=True)  # fmt: skip
+            codes = {"asked": wanted.code(), "found": [round(value, 2) for value in found.code()]}
+            print(json.dumps({"prompt": prompt, "photo": index, "seconds": round(seconds, 1), **scores, **codes}))
             for key, value in scores.items():
                 totals.setdefault(key, []).append(value)
             if index == asked.show:

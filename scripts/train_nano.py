@@ -73,7 +73,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.ema = {key: deepcopy(module).requires_grad_(False) for key, module in self.modules.items()}
-        inner = [p for name, p in self.named_parameters() if ".block" in name and p.ndim == 2 and "table" not in name]
+        inner = [p for name, p in self.named_parameters() if ".block" in name and p.ndim == 2 and not is_table(name)]
         chosen = {id(parameter) for parameter in inner}
         others = [parameter for parameter in self.parameters() if id(parameter) not in chosen]
         self.optimizers = [
@@ -137,6 +137,11 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": self.step, "time": round(time.time(), 1), **row}) + "\n")
+
+
+def is_table(name: str) -> bool:
+    """Two-dimensional parameters that are no matrices."""
+    return "table" in name or "temporal" in name
 
 
 def rate(step: int, steps: int, decay: int, warmup: int = 100) -> float:

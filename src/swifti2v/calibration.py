@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .machine import bfloat16_instructions
+
 SCHEMA = 1
 # A small clip through the whole program; what its plan does not explain is this machine's constant.
 _SMALL_RUN = """
@@ -24,11 +26,14 @@ from swifti2v import presets
 from swifti2v.costs import EncoderCost, MobileDiTCost, NanoVAECost, Networks
 from swifti2v.media import write_video
 from swifti2v.meters import peak_rss
-from swifti2v.models.nano_vae import NanoVAE
+import swifti2v.models.nano_vae
+from swifti2v.pipeline import SwiftI2VPipeline
 from swifti2v.plan import plan
 from swifti2v.tiny import tiny_pipeline
 import swifti2v.journal
-pipeline = tiny_pipeline("nano").to(torch.bfloat16)
+with tempfile.TemporaryDirectory() as folder:
+    tiny_pipeline("nano").save_pretrained(folder)
+    pipeline = SwiftI2VPipeline.from_pretrained(folder, dtype=torch.bfloat16)
 pipeline.preset = preset = presets.get("nano")
 parts = pipeline.components
 vae = NanoVAECost.from_config(dict(parts["vae"].config))
@@ -48,8 +53,8 @@ print(peak_rss() - explained.activation_bytes - explained.weight_bytes)
 class Calibration:
     """Measured constants. Rates are per second: FLOPs of matrix products and of 3x3 convolutions, bytes copied.
 
-    ``rss_bytes``: resident size of the program beyond weights and activations: libraries, kernels, allocator slack. ``encode_pixels``: pixels
-    written as H.264. The defaults, for a machine not measured yet, are those of a 2-core AVX-512 virtual machine.
+    ``rss_bytes``: resident size beyond weights and activations (libraries, kernels, allocator slack).
+    ``encode_pixels``: written as H.264. The defaults, for a machine not measured yet, are those of a 2-core AVX-512 virtual machine.
     """
 
     float32_flops: float = 140e9
@@ -63,7 +68,7 @@ class Calibration:
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the dtype that ``memory.choose_placement`` takes on this CPU."""
-        return 2 if self.bfloat16_flops > 1.5 * self.float32_flops else 4
+        return 2 if bfloat16_instructions() else 4
 
     @property
     def flops(self) -> float:

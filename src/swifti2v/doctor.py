@@ -17,6 +17,7 @@ import torch
 
 from . import presets
 from .core import UsageError
+from .machine import cpu_name
 from .media import Encoding
 from .memory import DTYPES, matmul_rate
 
@@ -62,7 +63,7 @@ def _software() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
-    yield Finding("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used")
+    yield Finding("processor", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used")
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         yield Finding(f"cuda:{index}", f"{facts.name}, {facts.total_memory / 1e9:.1f} GB")
@@ -75,15 +76,6 @@ def _machine() -> Iterator[Finding]:
         )
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     yield Finding("disk free here", f"{disk:.1f} GB", disk >= NEEDED_DISK_GB)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def memory_gb() -> float | None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .core import UsageError
+from .machine import bfloat16_instructions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,10 +51,11 @@ def choose_placement(device: str | None = None, dtype: str = "auto", threads: in
         return Placement(place, DTYPES[dtype], torch.get_num_threads(), "asked for")
     if place.type != "cpu":
         return Placement(place, torch.bfloat16, torch.get_num_threads(), "accelerator default")
-    rates = {name: matmul_rate(DTYPES[name]) for name in ("float32", "bfloat16")}
-    best = "bfloat16" if rates["bfloat16"] > 1.5 * rates["float32"] else "float32"
-    reason = f"matrix products here: float32 {rates['float32']:.0f}, bfloat16 {rates['bfloat16']:.0f} GFLOP/s"
-    return Placement(place, DTYPES[best], torch.get_num_threads(), reason)
+    # By instruction set and not by timing: a busy machine must not change the dtype, and with it the video.
+    found = bfloat16_instructions()
+    if found is None:
+        return Placement(place, torch.float32, torch.get_num_threads(), "this CPU has no fast bfloat16")
+    return Placement(place, torch.bfloat16, torch.get_num_threads(), f"this CPU has {found}")
 
 
 def matmul_rate(dtype: torch.dtype, rounds: int = 3) -> float:

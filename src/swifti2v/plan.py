@@ -315,7 +315,7 @@ class _Planner:
             weight_bytes=n.vae.parameters * self.itemsize,
             activation_bytes=n.vae.decode_bytes(small, held, self.itemsize) + (0 if self.nano else 2 * frames),
             resident_bytes=frames + n.vae.decode_state(small, self.itemsize),
-            seconds=self._conv_seconds(flops, self.motion_size),
+            seconds=self._seconds(flops, decoded=self.motion_size),
         )
 
     def _reference(self) -> Row:
@@ -343,7 +343,7 @@ class _Planner:
             weight_bytes=n.vae_2.parameters * self.itemsize,
             activation_bytes=n.vae_2.decode_bytes(large, chunk, self.itemsize),
             resident_bytes=n.vae_2.decode_state(large, self.itemsize) + pixels,
-            seconds=self._conv_seconds(flops, self.request.size),
+            seconds=self._seconds(flops, decoded=self.request.size),
         )
 
     def _write(self) -> Row:
@@ -360,17 +360,12 @@ class _Planner:
         segments = (self.blocks - 1) * large * grid.stage_two.channels * 4
         return motion + segments + 3 * self.request.size.area
 
-    def _seconds(self, flops: float, traffic: float = 0) -> float | None:
-        """None for Wan: its GPU is not what doctor measured."""
-        if not self.nano:
-            return None
-        return flops / self.calibration.flops + traffic / self.calibration.copy_bytes
-
-    def _conv_seconds(self, flops: float, size: Size) -> float | None:
-        if not self.nano:
-            return None
-        traffic = VAE_TRAFFIC * FRAME_BYTES * size.area * self.request.num_frames
-        return flops / self.calibration.conv_flops + traffic / self.calibration.copy_bytes
+    def _seconds(self, flops: float, traffic: float = 0, *, decoded: Size | None = None) -> float | None:
+        """None for Wan: its GPU is not what doctor measured. ``decoded``: a decoder's frames, of this size."""
+        rate = self.calibration.flops if decoded is None else self.calibration.conv_flops
+        if decoded is not None:
+            traffic = VAE_TRAFFIC * FRAME_BYTES * decoded.area * self.request.num_frames
+        return flops / rate + traffic / self.calibration.copy_bytes if self.nano else None
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

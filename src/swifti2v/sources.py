@@ -17,17 +17,21 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from . import presets
+from .checkpoints import hash_files
 from .core import UsageError
+from .lora import load_lora
 from .memory import Placement, choose_placement, place
+from .models.mobile_dit import MobileTransformer3DModel
+from .models.nano_vae import NanoVAE
 from .models.self_check import self_check_conv3d
 from .models.wan import SwiftI2VTransformer3DModel
 from .presets import Preset
-from .checkpoints import hash_files
-from .lora import load_lora
 
 if TYPE_CHECKING:
     from .pipeline import SwiftI2VPipeline
 
+# from_pretrained finds a component's class only if its module has been imported.
+COMPONENTS = (MobileTransformer3DModel, NanoVAE, SwiftI2VTransformer3DModel)
 LIBRARIES = ("swifti2v", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
 
 
@@ -83,7 +87,7 @@ def load(
 def place_pipeline(pipeline: SwiftI2VPipeline, placement: Placement) -> None:
     """Transformers and VAEs in the placement's dtype (their own float32 parts kept), encoders as loaded."""
     for name in ("transformer", "transformer_2", "vae", "vae_2"):
-        place(getattr(pipeline, name), placement.device, placement.dtype)
+        place(getattr(pipeline, name, None), placement.device, placement.dtype)
     for name in ("text_encoder", "image_encoder"):
         place(getattr(pipeline, name), placement.device)
     pipeline.placement = placement

@@ -29,7 +29,9 @@ def test_pan_left_moves_the_picture_right_by_its_amplitude() -> None:
     made = scene(Motion(pan=-0.1))
     clip = render(made, [0, 40, 80])
     for index, pixels in ((1, 4), (2, 8)):
-        torch.testing.assert_close(clip[:, index, :, pixels:], made.photo[:, :, : SIZE.width - pixels], atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            clip[:, index, :, pixels:], made.photo[:, :, : SIZE.width - pixels], atol=2e-3, rtol=0
+        )
 
 
 def test_tilt_up_moves_the_picture_down() -> None:

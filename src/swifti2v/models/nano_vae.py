@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 BLOCK, GROUP, COLORS, CELL = 16, 4, 3, 4  # pixels a side, frames, colors, pixels a side of one refiner position
-# The residual's scale: what the transform leaves out is about 0.02 of the pixels' range; at scale 1 Adam's steps drown it.
+# What the transform leaves out is about 0.02 of the range of pixels; at scale 1 every step of Adam would drown it.
 RESIDUAL = 1 / 64
 # Luma, then two opponent colors: close to the photos' principal colors (0.2 dB better than BT.601 YCbCr in this place).
 _COLORS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (-1.0, 2.0, -1.0))

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core import Size
 from ..models.nano_vae import NanoVAE
 from ..reference import resize
-from ..segments import Window
+from ..segments import RopePositions, Window
 from .prompts import AMPLITUDE_FRAMES, caption
 from .synthetic import Scene, make_scene, render
 
@@ -179,7 +179,7 @@ def stage_two_batch(vae: NanoVAE, photos: Photos, rng: random.Random) -> Batch:
         scene = make_scene(photos.pick(rng), size, motion, last, rng)
         items.append(stage_two_latents(vae, scene, window.blocks[1:], rng))
     clean, reference = (torch.cat(parts) for parts in zip(*items, strict=True))
-    rule = "absolute" if rng.random() < 0.25 else "clamped"
+    rule: RopePositions = "absolute" if rng.random() < 0.25 else "clamped"
     positions = window.positions(rule, TRAINED_BLOCKS)
     return Batch(clean, reference, (), torch.tensor(positions), len(window.context))
 

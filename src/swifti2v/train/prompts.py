@@ -90,7 +90,17 @@ def _sway(frame: float, phase: float) -> float:
 
 
 _MOVES = ("left", "right", "up", "down", "in", "out", "clockwise", "counterclockwise", "shake")
-_AXES = {"left": 0, "right": 0, "up": 1, "down": 1, "in": 2, "out": 2, "clockwise": 3, "counterclockwise": 3, "shake": 4}
+_AXES = {
+    "left": 0,
+    "right": 0,
+    "up": 1,
+    "down": 1,
+    "in": 2,
+    "out": 2,
+    "clockwise": 3,
+    "counterclockwise": 3,
+    "shake": 4,
+}
 _VERBS: dict[str, tuple[str, ...]] = {
     "left": ("pan left", "turn left", "move left", "pan to the left", "move to the left"),
     "right": ("pan right", "turn right", "move right", "pan to the right", "move to the right"),
@@ -123,15 +133,17 @@ _STATIC_PATTERN = r"\b(?:static|locked-off|motionless|no (?:camera )?motion|does
 _SLOW_PATTERN = r"\b(?:slow|slowly|gentle|gently)\b"
 _FAST_PATTERN = r"\b(?:fast|quick|quickly|rapid|rapidly)\b"
 
-_ADJECTIVE_WORDS = (
-    "misty golden quiet old wooden green rocky snowy wild bright dark colorful tiny huge red blue empty ancient sunny rainy "
-    "foggy lonely modern rusty purple white stormy warm cold soft"
-).split()
-_NOUN_WORDS = (
-    "lake mountain forest street bridge castle flower river valley beach desert city harbor boat cat dog bird field "
-    "garden waterfall cliff sky sunset night tree leaf house temple tower train woman man child road island glacier ocean "
-    "canyon market window cloud moon meadow dune lighthouse"
-).split()
+_ADJECTIVE_WORDS = re.findall(
+    r"\w+",
+    "misty golden quiet old wooden green rocky snowy wild bright dark colorful tiny huge red blue "
+    "empty ancient sunny rainy foggy lonely modern rusty purple white stormy warm cold soft",
+)
+_NOUN_WORDS = re.findall(
+    r"\w+",
+    "lake mountain forest street bridge castle flower river valley beach desert city harbor boat cat "
+    "dog bird field garden waterfall cliff sky sunset night tree leaf house temple tower train woman "
+    "man child road island glacier ocean canyon market window cloud moon meadow dune lighthouse",
+)
 _LETTERS = ("bcdfglmnprstv", "aeiou")
 
 

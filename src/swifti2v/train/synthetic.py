@@ -88,7 +88,7 @@ def make_scene(photo: Tensor, size: Size, motion: Motion, last_frame: int, rng: 
     ratio = limit * rng.uniform(0.7, 1.0) if limit > 1.4 else limit
     crop_h, crop_w = min(photo.shape[1], round(height * ratio)), min(photo.shape[2], round(width * ratio))
     if min(crop_h, crop_w) < 16:
-        raise ValueError(f"the motion needs {width}x{height} pixels: no window of a {tuple(photo.shape)} photo has them")
+        raise ValueError(f"the motion needs {width}x{height} pixels: no window of {tuple(photo.shape)} has them")
     row, column = rng.randint(0, photo.shape[1] - crop_h), rng.randint(0, photo.shape[2] - crop_w)
     crop = photo[:, row : row + crop_h, column : column + crop_w]
     source = F.interpolate(crop[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False)[0]
