@@ -143,9 +143,7 @@ def nano(tiny: bool, folder: Path | None) -> Iterator[dict[str, Any]]:
         closed = cost.flops(t, tokens), cost.activation_bytes(t, tokens, 4)
         forward = _bound(net, z, times, given)
         yield line(f"nano {component}", forward, closed, blocks=t, tokens=t * tokens)
-    yield from nano_vae(
-        NanoVAE(**_config(folder, "vae")).to("meta"), NanoVAECost.from_config(_config(folder, "vae")), h, w
-    )
+    yield from nano_vae(NanoVAE(**_config(folder, "vae")), NanoVAECost.from_config(_config(folder, "vae")), h, w)
 
 
 def nano_vae(vae: NanoVAE, cost: NanoVAECost, h: int, w: int) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -29,7 +31,7 @@ def test_equals_diffusers_with_explicit_sigmas_and_not_its_own_grid() -> None:
 def test_levels_descend_from_start_to_zero(steps: int, shift: float, start: float) -> None:
     levels = flow.sigmas(steps, shift, start=start)
     assert len(levels) == steps + 1 and levels[0] == start and levels[-1] == 0.0
-    assert all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a > b for a, b in pairwise(levels))
 
 
 @given(st.floats(0, 1), shifts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,7 +46,7 @@ def test_clamped_positions(start: int, m: int, n: int, trained: int) -> None:
     window = Window(0, tuple(range(max(1, start - n), start)), tuple(range(start, start + m)))
     positions = window.positions("clamped", trained)
     assert positions[0] == 0 and max(positions) <= max(trained - 1, 0)
-    assert [b - a for a, b in zip(positions[1:], positions[2:], strict=False)] == [1] * (len(positions) - 2)
+    assert [b - a for a, b in pairwise(positions[1:])] == [1] * (len(positions) - 2)
     if window.blocks[-1] < trained:
         assert positions == window.positions("absolute", trained) == window.blocks
     assert window.positions("window", trained) == tuple(range(len(window.blocks)))

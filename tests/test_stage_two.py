@@ -109,7 +109,8 @@ def test_sdedit_starts_at_the_true_sigma() -> None:
     expected = 0.6 * ref[:, :, 1:] + 0.4 * blocks_noise(SHAPE, (1, 2, 3), seed=7)
     torch.testing.assert_close(still[0], expected)
     initial = torch.zeros_like(ref)
-    other = list(refine(lambda x, *_: torch.zeros_like(x), [ref], windows(4), sampling(3, start=0.4), initial=[initial]))
+    how = sampling(3, start=0.4)
+    other = list(refine(lambda x, *_: torch.zeros_like(x), [ref], windows(4), how, initial=[initial]))
     torch.testing.assert_close(other[0], 0.4 * blocks_noise(SHAPE, (1, 2, 3), seed=7))
 
 
@@ -139,9 +140,7 @@ def test_generated_neighbor_reference() -> None:
         return mixing(x, sigma, window, ref)
 
     ref = reference(7)
-    out = torch.cat(
-        [ref[:, :, :1], *refine(field, [ref], windows(7), sampling(neighbor_reference="generated"))], dim=2
-    )
+    out = torch.cat([ref[:, :, :1], *refine(field, [ref], windows(7), sampling(neighbor_reference="generated"))], dim=2)
     assert torch.equal(refs[4][:, :, 1:2], out[:, :, 3:4])
     assert torch.equal(refs[4][:, :, 2:], ref[:, :, 4:7]) and torch.equal(refs[4][:, :, :1], ref[:, :, :1])
 

@@ -6,6 +6,7 @@ sigma is in [0, 1]; x = (1 - sigma) * clean + sigma * noise; velocity = noise - 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def euler(
 
     Exact on straight flows. ``velocity(x, sigma)`` may be any field of x's shape.
     """
-    for index, (sigma, following) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
+    for index, (sigma, following) in enumerate(pairwise(levels), start=1):
         x = x + (following - sigma) * velocity(x, sigma)
         if on_step is not None:
             on_step(index)
@@ -81,7 +82,7 @@ def renoise(
 
     ``fresh_noise(i)`` is the noise mixed in after the i-th step.
     """
-    for index, (sigma, following) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
+    for index, (sigma, following) in enumerate(pairwise(levels), start=1):
         x = denoised(x, velocity(x, sigma), sigma)
         if following > 0:
             x = add_noise(x, fresh_noise(index), following)

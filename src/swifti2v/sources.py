@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from huggingface_hub import snapshot_download
-from torch import nn
 
 from . import presets
 from .checkpoints import hash_files
 from .core import UsageError
-from .lora import load_lora
+from .lora import Stage, load_lora
 from .memory import Placement, choose_placement, place
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
@@ -77,7 +76,8 @@ def load(
         pipeline = SwiftI2VPipeline.from_wan(one, two, preset=preset.name, torch_dtype=placement.dtype)
     else:
         raise UsageError(f"preset {preset.name!r} has no public weights; {_help_for(preset)}")
-    for stage, files in (("one", loras), ("two", loras_2)):
+    attached: tuple[tuple[Stage, Sequence[tuple[str, float]]], ...] = (("one", loras), ("two", loras_2))
+    for stage, files in attached:
         for index, (path, weight) in enumerate(files):
             load_lora(pipeline, path, adapter_name=f"{stage}_{index}", weight=weight, stage=stage)
     place_pipeline(pipeline, placement)
@@ -131,7 +131,7 @@ def _attention_backend() -> str:
     return str(_AttentionBackendRegistry.get_active_backend()[0].value)
 
 
-def _wan_components(source: Any, kwargs: dict[str, Any]) -> dict[str, nn.Module | Any]:
+def _wan_components(source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, DiffusionPipeline):
         return dict(source.components)
     folder = local_folder(str(source))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def refine(
 
 
 def dit_velocity(
-    transformer: nn.Module,
+    transformer: Any,
     text: Tensor | None,
     csg: CSG,
     *,
@@ -125,7 +125,7 @@ POSITIONED = (SwiftI2VTransformer3DModel, MobileTransformer3DModel)
 
 
 def _with_positions(
-    transformer: nn.Module,
+    transformer: Any,
     x: Tensor,
     timestep: Tensor,
     text: Tensor | None,
@@ -144,7 +144,7 @@ def _with_positions(
 
 
 def _stock(
-    transformer: nn.Module,
+    transformer: Any,
     x: Tensor,
     timestep: Tensor,
     text: Tensor | None,

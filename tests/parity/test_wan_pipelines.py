@@ -88,5 +88,6 @@ def test_stage_one_equals_wan21() -> None:
     expected = call(pipeline, noise, text)
     with torch.no_grad():
         plan = MotionPlan(blocks, STEPS, 5.0, SEED)
-        latents = torch.cat(list(motion_latents(dit, streaming(vae), photo(), Conditions(text, None, clip), plan=plan)), 2)
+        told = Conditions(text, None, clip)
+        latents = torch.cat(list(motion_latents(dit, streaming(vae), photo(), told, plan=plan)), dim=2)
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)

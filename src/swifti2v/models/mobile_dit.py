@@ -29,7 +29,7 @@ BLOCKS_PER_UNIT = 20  # frame indices are divided by this before their Fourier f
 SMALLEST_SIGMA = 0.02  # residual prediction divides by sigma; context blocks carry 0 and their output is not used
 
 
-class MobileTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class MobileTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts the velocity noise - clean of latents (b, c, t, h, w); any t, h, w.
 
     ``attention_pattern``: "linear" or "softmax" per layer. ``qk_norm``: the layers whose queries and keys are
@@ -44,7 +44,7 @@ class MobileTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
 
     _supports_gradient_checkpointing = True
     _supports_group_offloading = True
-    _no_split_modules = _repeated_blocks = ["MobileTransformerBlock"]  # type: ignore[assignment]  # noqa: RUF012
+    _no_split_modules = _repeated_blocks = ["MobileTransformerBlock"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -137,7 +137,7 @@ class MobileTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
         cos, sin = (y.to(x.dtype) for y in rope_tables(frame_indices, grid, self.head_dim, self.rope_grid))
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, modulation, cos, sin, text, grid)  # type: ignore[misc]
+                x = self._gradient_checkpointing_func(block, x, modulation, cos, sin, text, grid)
             else:
                 x = block(x, modulation, cos, sin, text, grid)
         shift, scale = (self.final_table + time[:, :, None]).to(x.dtype).split(1, dim=2)

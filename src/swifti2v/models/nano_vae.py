@@ -71,7 +71,7 @@ class DecoderOutput:
     sample: Tensor
 
 
-class NanoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # the bases' config_name differ in diffusers itself
+class NanoVAE(ModelMixin, ConfigMixin):  # the bases' config_name differ in diffusers itself
     """Causal autoencoder: pixels (b, 3, 1+4k, h, w) in [-1, 1] <-> latents (b, 48, 1+k, h/16, w/16).
 
     ``kept_image`` and ``kept_video`` are the kept DCT coefficients: flat indices of (color, v, u) and (color, t, v, u);
@@ -128,6 +128,11 @@ class NanoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # the bases' conf
         if self.get_buffer("mean").dtype != torch.float32:
             self._place_constants(self.get_buffer("mean").device)
         return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32: what goes in and comes out; the refiner's parameters may be bfloat16 inside."""
+        return torch.float32
 
     @property
     def latents_mean(self) -> Tensor:

@@ -221,7 +221,7 @@ class SwiftI2VRotaryPosEmbed(WanRotaryPosEmbed):
     freqs_cos: Tensor
     freqs_sin: Tensor
 
-    def forward(  # type: ignore[override]  # the parent declares one tensor and returns two
+    def forward(  # the parent declares one tensor and returns two
         self, hidden_states: Float[Tensor, "b c t h w"], frame_indices: Int64[Tensor, " t"] | None = None
     ) -> tuple[Float[Tensor, "1 n 1 d"], Float[Tensor, "1 n 1 d"]]:
         if frame_indices is None:
