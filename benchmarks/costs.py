@@ -4,6 +4,7 @@
     python benchmarks/costs.py --preset wan --tiny     # seconds
     python benchmarks/costs.py --preset nano [--folder DIR]
 
+Peaks of the nano VAE are closed forms inside the pipeline (input chunk, and the output before), so larger.
 One JSON line a network: counted and closed-form FLOPs and peak bytes, and their ratio. No weights are needed.
 """
 

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "src" / "swifti2v" / "nano"
 TEXT_LENGTH = 128  # zero padding takes part in cross-attention: inference must pad to the same length
 SHIFT = 5.0
-EMA_DECAY = 0.998
+EMA_DECAY = 0.995
 ECHO = {"one": 2, "two": 3}
 TOKENIZER = nano_tokenizer()
 COMMON: dict[str, Any] = {
@@ -239,6 +239,7 @@ class Source:
     seed: int
     vae: NanoVAE
     photos: Photos
+    amplitude: float = 1.0
     key: int = -1
     batch: Batch | None = None
 
@@ -252,8 +253,11 @@ class Source:
         key = step // ECHO[self.stage]
         if self.batch is None or key != self.key:
             rng = random.Random(f"{self.stage}/{self.seed}/data/{key}")
-            make = stage_one_batch if self.stage == "one" else stage_two_batch
-            self.key, self.batch = key, make(self.vae, self.photos, rng)
+            if self.stage == "one":
+                self.batch = stage_one_batch(self.vae, self.photos, rng, self.amplitude)
+            else:
+                self.batch = stage_two_batch(self.vae, self.photos, rng)
+            self.key = key
         return self.batch
 
 
@@ -277,6 +281,7 @@ def main() -> None:
     parser.add_argument("--decay", type=int, default=1000, help="steps at the end over which the rate falls")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--amplitude", type=float, default=1.0, help="Stage I: times the motions that prompts name")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--export-every", type=int, default=400)
@@ -288,7 +293,7 @@ def main() -> None:
     source = None
     if asked.stage != "text":
         vae = NanoVAE.from_pretrained(NANO / "vae", torch_dtype=torch.float32)
-        source = Source(asked.stage, asked.seed, vae, Photos(ROOT / "data" / "photos.jsonl", "train"))
+        source = Source(asked.stage, asked.seed, vae, Photos(ROOT / "data" / "photos.jsonl", "train"), asked.amplitude)
     started, sums = time.time(), [0.0, 0.0, 0.0]
     while run.step < asked.steps:
         loss, error, base = loss_of(run, source, asked.seed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(int(os.environ.get("SWIFTI2V_TEST_THREADS", "2")))
+torch.set_num_threads(int(os.environ.get("SWIFTI2V_TEST_THREADS", "1")))
 settings.register_profile("swifti2v", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 settings.load_profile("swifti2v")
 

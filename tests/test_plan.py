@@ -426,6 +426,7 @@ def whole_run(size: str, num_frames: int) -> tuple[int, int]:
 
     pipeline = tiny_pipeline("nano")
     pipeline.vae = NanoVAE(**SHIPPED_VAE).eval()
+    pipeline.to(torch.bfloat16 if Calibration().itemsize == 2 else torch.float32)  # as choose_placement would
     preset = presets.get("nano")
     pipeline.preset = preset
     steps = {"num_inference_steps": 1, "num_inference_steps_2": 1}
@@ -437,7 +438,7 @@ def whole_run(size: str, num_frames: int) -> tuple[int, int]:
         vae=NanoVAECost.from_config(SHIPPED_VAE),
         vae_2=NanoVAECost.from_config(SHIPPED_VAE),
     )
-    predicted = plan(request, preset, Calibration(bfloat16_flops=1.0), networks=networks).activation_bytes
+    predicted = plan(request, preset, networks=networks).activation_bytes
     source = torch.zeros(3, request.height, request.width, dtype=torch.uint8)
     with LiveBytes() as live:
         photo = fit_image(source, request.size)
@@ -477,7 +478,7 @@ def test_forwards_are_what_the_windows_say(blocks: int, m: int, n: int, steps: i
     made = planned("nano", "640x384", 4 * blocks + 1, **fields)
     cut = list(windows(blocks + 1, segment_blocks=m, neighbor_blocks=n))
     row = made.row("refine")
-    network = replace(NANO.stage_two, dense=True)  # the reference machine computes in bfloat16
+    network = replace(NANO.stage_two, dense=Calibration().itemsize == 2)
     passes = steps * (2 if scale > 1 else 1)
     assert (row.windows, row.forwards) == (len(cut), passes * len(cut))
     assert row.flops == passes * sum(network.flops(len(w.blocks), 240) for w in cut)

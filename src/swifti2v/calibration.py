@@ -18,7 +18,7 @@ from pathlib import Path
 from .machine import bfloat16_instructions
 
 SCHEMA = 1
-# What runs of real networks took beyond the small run's constant: 99, 124 and 166 MB at 640x384, 1280x704 and 2560x1408.
+# Real networks took more than the small run's constant: 99, 124 and 166 MB at 640x384, 1280x704 and 2560x1408.
 REAL_NETWORKS_BYTES = 110_000_000
 # A small clip through the whole program; what its plan does not explain is this machine's constant.
 _SMALL_RUN = """

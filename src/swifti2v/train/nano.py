@@ -116,8 +116,11 @@ def stage_one_latents(vae: NanoVAE, scene: Scene, blocks: Sequence[int]) -> tupl
     return clean, reference
 
 
-def stage_one_batch(vae: NanoVAE, photos: Photos, rng: random.Random) -> Batch:
-    """The anchor and 3 to 5 of blocks 1..20 (any, or consecutive), or all 20; one size and blocks for the batch."""
+def stage_one_batch(vae: NanoVAE, photos: Photos, rng: random.Random, amplitude: float = 1.0) -> Batch:
+    """The anchor and 3 to 5 of blocks 1..20 (any, or consecutive), or all 20; one size and blocks for the batch.
+
+    ``amplitude`` multiplies the motions that the prompts name.
+    """
     size = _weighted(rng, STAGE_ONE_SIZES)
     small = size.area < 100_000
     some, count = (5, 4) if small else (3, 2)
@@ -132,7 +135,7 @@ def stage_one_batch(vae: NanoVAE, photos: Photos, rng: random.Random) -> Batch:
     items, prompts = [], []
     for _ in range(count):
         asked = caption(rng)
-        scene = make_scene(photos.pick(rng), size, asked.motion, AMPLITUDE_FRAMES, rng)
+        scene = make_scene(photos.pick(rng), size, asked.motion.scaled(amplitude), AMPLITUDE_FRAMES, rng)
         items.append(stage_one_latents(vae, scene, blocks))
         prompts.append(asked.prompt)
     clean, reference = (torch.cat(parts) for parts in zip(*items, strict=True))
@@ -175,7 +178,8 @@ def stage_two_batch(vae: NanoVAE, photos: Photos, rng: random.Random) -> Batch:
     last = 4 * window.blocks[-1]
     items = []
     for _ in range(2 if size.area * len(window.blocks) < 1_600_000 else 1):
-        motion = caption(rng).motion.scaled(rng.uniform(0.3, 1.3) * min(1.0, AMPLITUDE_FRAMES / last))
+        # Wider than the prompts' own: Stage II also serves motion that comes from elsewhere
+        motion = caption(rng).motion.scaled(rng.uniform(0.5, 2.5) * min(1.0, AMPLITUDE_FRAMES / last))
         scene = make_scene(photos.pick(rng), size, motion, last, rng)
         items.append(stage_two_latents(vae, scene, window.blocks[1:], rng))
     clean, reference = (torch.cat(parts) for parts in zip(*items, strict=True))

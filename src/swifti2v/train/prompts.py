@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 AMPLITUDE_FRAMES = 80  # amplitudes are reached this many frames after frame 0 (an 81-frame clip)
 SPEEDS = ("slow", "", "fast")
-PAN = (0.03, 0.06, 0.09)
-ZOOM = (1.04, 1.08, 1.12)
-ROLL = (1.5, 3.0, 4.5)
-SHAKE = (0.002, 0.004, 0.006)
+PAN = (0.012, 0.024, 0.036)
+ZOOM = (1.04**0.4, 1.08**0.4, 1.12**0.4)
+ROLL = (0.6, 1.2, 1.8)
+SHAKE = (0.0008, 0.0016, 0.0024)
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ class Motion:
 
     def scaled(self, factor: float) -> Motion:
         """The same motion with ``factor`` times the amplitude."""
-        return Motion(
-            self.pan * factor, self.tilt * factor, self.zoom**factor, self.roll * factor, self.shake * min(1.0, factor)
-        )
+        return Motion(self.pan * factor, self.tilt * factor, self.zoom**factor, self.roll * factor, self.shake * factor)
 
     def code(self) -> tuple[float, ...]:
         """The five amplitudes in units of the fast speed: what a prompt says, as numbers within [-1, 1]."""
