@@ -168,7 +168,10 @@ def test_save_load_and_bfloat16(tmp_path: Path) -> None:
     again = NanoVAE.from_pretrained(tmp_path)
     assert torch.equal(again(x).sample, vae(x).sample)
     half = NanoVAE.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and half.analysis_video.dtype == half.latents_mean.dtype == torch.float32
+    assert (
+        half.refine_image.head.weight.dtype == torch.bfloat16
+        and half.dtype == half.analysis_video.dtype == half.latents_mean.dtype == torch.float32
+    )
     cast = tiny().to(torch.bfloat16)
     assert torch.equal(cast.encode(x).latent_dist.mode(), vae.encode(x).latent_dist.mode())
     assert torch.equal(cast(x).sample, half(x).sample)
