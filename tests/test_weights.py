@@ -258,3 +258,20 @@ def test_reports_print(tmp_path: Path) -> None:
         "  ignored: 1 key: z",
         f"  sha256 {'0' * 64}  f",
     ]
+
+
+def test_models_convert_writes_what_it_read(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from swifti2v.cli import app
+    from swifti2v.tiny import wan_base_dit
+
+    model = wan_base_dit()
+    model.save_pretrained(tmp_path / "in")
+    done = CliRunner().invoke(app, ["models", "convert", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    again, report = load_transformer(tmp_path / "out")
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert not report.missing and not report.unexpected
+    twice = CliRunner().invoke(app, ["models", "convert", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert twice.exit_code == 2 and "exists" in twice.stderr

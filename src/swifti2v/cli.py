@@ -55,9 +55,19 @@ class Options:
     guidance_scale_2: Annotated[
         float | None, _option(CLIP, "Prompt guidance of stage II (1: off).", "--guidance-scale-2")
     ] = None
+    shift: Annotated[float | None, _option(CLIP, "Flow shift of stage I's noise levels.")] = None
+    shift_2: Annotated[float | None, _option(CLIP, "Flow shift of stage II's noise levels.", "--shift-2")] = None
+    strength_2: Annotated[
+        float | None, _option(CLIP, "Noise level stage II starts from, 0-1 (wan-refine: 0.5).", "--strength-2")
+    ] = None
+    sampler_2: Annotated[
+        str | None, _option(CLIP, "euler, or renoise for few-step students.", "--sampler-2", metavar="NAME")
+    ] = None
     segment_blocks: Annotated[int | None, _option(CLIP, "Latent blocks denoised together.")] = None
     neighbor_blocks: Annotated[int | None, _option(CLIP, "Finished blocks they see.")] = None
     rope_positions: Annotated[str | None, _option(CLIP, "clamped, absolute or window.", metavar="RULE")] = None
+    neighbor_timestep: Annotated[str | None, _option(CLIP, "zero or current.", metavar="RULE")] = None
+    neighbor_reference: Annotated[str | None, _option(CLIP, "reference or generated.", metavar="RULE")] = None
     encode: Annotated[str | None, _option(CLIP, "lazy (first frames soon) or ahead.", metavar="WHEN")] = None
     exact_first_frame: Annotated[
         bool, _option(CLIP, "Frame 0 is the fitted photo itself, not its decoded latent.", "--exact-first-frame")
@@ -237,6 +247,27 @@ def models_verify(write: Annotated[bool, typer.Option("--write", hidden=True)] =
             print(f"wrote {shipped.write_manifest()} checksums")
         else:
             print(f"{shipped.verify_shipped()} files are as shipped")
+
+
+@models.command("convert")
+def models_convert(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A Wan transformer, in any published layout.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to write it in diffusers layout.")],
+    base: Annotated[str | None, typer.Option(metavar="PATH", help="Whole checkpoint under a partial FILE.")] = None,
+    vae: Annotated[bool, typer.Option("--vae", help="FILE is a Wan VAE.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .pth and .pt files too.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Read a checkpoint of another layout, report its keys, write it in diffusers layout."""
+    with reported(debug):
+        from .weights import load_transformer, load_vae, write_diffusers
+
+        if vae:
+            model, report = load_vae(file, allow_pickle=allow_pickle)
+        else:
+            model, report = load_transformer(file, base=base, allow_pickle=allow_pickle)
+        print(report)
+        print(write_diffusers(model, folder))
 
 
 @app.command()

@@ -6,12 +6,16 @@ video is made.
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import media, presets
-from .checkpoints import sha256
+from .checkpoints import locate, read_metadata, sha256
 from .core import Request, Size, UsageError
 from .journal import Inputs, Manifest, WriteOptions
 from .origin import Origin, described, find_photo, origin_of
@@ -27,8 +31,9 @@ if TYPE_CHECKING:
 
 _DIRECT = (
     "negative_prompt", "fps", "num_inference_steps", "num_inference_steps_2", "guidance_scale",
-    "guidance_scale_2", "encode",
+    "guidance_scale_2", "shift", "shift_2", "strength_2", "sampler_2", "encode",
 )  # fmt: skip
+_CSG = ("segment_blocks", "neighbor_blocks", "rope_positions", "neighbor_timestep", "neighbor_reference")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +52,18 @@ class Order:
     before: Origin | None = None
 
 
+@contextmanager
+def _at_the_door() -> Iterator[None]:
+    """Nothing is loaded or made yet: what the system refuses here (a name too long, say) was asked for wrongly."""
+    try:
+        yield
+    except OSError as error:
+        name = str(error.filename or "")
+        shown = name if len(name) <= 160 else f"{name[:60]}...{name[-60:]}"
+        raise UsageError(f"{shown}: {error.strerror or error}") from None
+
+
+@_at_the_door()
 def prepare(options: Options) -> Order:
     """Check everything that ``generate`` needs. Raises UsageError; makes nothing."""
     if options.image is None:
@@ -62,7 +79,7 @@ def prepare(options: Options) -> Order:
         model=location(options.model),
         loras=_loras(options.lora),
         loras_2=_loras(options.lora_2),
-        motion=None if options.motion is None else str(Path(options.motion).expanduser().absolute()),
+        motion=None if options.motion is None else str(_path(options.motion).absolute()),
     )
     wanted = _wanted(options.output, Path(options.image).stem, request)
     check_weights(preset, inputs.model)
@@ -84,7 +101,7 @@ def request_of(options: Options, preset: Preset, photo: Size | None, sha256: str
     """The legal request for these options, and what was snapped. Raises UsageError."""
     fields = {name: getattr(options, name) for name in _DIRECT}
     fields["fps"], motion_frames, motion_sha256 = _motion_facts(options)
-    cuts = {name: getattr(options, name) for name in ("segment_blocks", "neighbor_blocks", "rope_positions")}
+    cuts = {name: getattr(options, name) for name in _CSG}
     base = preset.defaults.get("csg", CSG()).model_dump()
     num_frames = _num_frames(options, fields["fps"] or preset.fps, preset)
     request, notices = presets.resolve(
@@ -108,6 +125,7 @@ def request_of(options: Options, preset: Preset, photo: Size | None, sha256: str
     return request, notices
 
 
+@_at_the_door()
 def plan_of(options: Options) -> Plan:
     """The ``Plan`` of these options; the photo is optional (its aspect decides the size)."""
     preset = presets.get(options.preset)
@@ -130,6 +148,7 @@ def planned(request: Request, preset: Preset, model: str | None) -> Plan:
     return plan(request, preset, stored_calibration(), networks=networks)
 
 
+@_at_the_door()
 def prepare_again(file: Path, *, image: str | None, output: str | None, model: str | None) -> Order:
     """The order that made ``file``, from the file's own metadata. Raises UsageError."""
     origin = origin_of(file)
@@ -143,9 +162,8 @@ def prepare_again(file: Path, *, image: str | None, output: str | None, model: s
     source = media.read_image(photo)
     if source.sha256 != request.image_sha256:
         raise UsageError(f"{photo.name} is not the photo {file.name} was made from (its checksum differs)")
-    preset = presets.get(request.preset)
     inputs = Inputs(photo_name=photo.name, model=location(model))
-    check_weights(preset, inputs.model)
+    preset = check_recorded(request, origin.write, inputs)
     wanted = _wanted(output, photo.stem, request)
     media.check_writable(wanted, planned(request, preset, inputs.model).disk_bytes)
     manifest = Manifest(
@@ -160,6 +178,19 @@ def prepare_again(file: Path, *, image: str | None, output: str | None, model: s
     return Order(manifest, fit_image(source.pixels, request.size, request.fit), wanted, notices, before=origin)
 
 
+def check_recorded(request: Request, write: WriteOptions, inputs: Inputs) -> Preset:
+    """Check what a file or a job says as if a user had just asked for it. Raises UsageError."""
+    preset = presets.check(request)
+    media.Encoding(write.codec, write.bit_depth, write.crf)
+    check_weights(preset, inputs.model)
+    for text in (*inputs.loras, *inputs.loras_2):
+        _check_lora(split_lora(text)[0])
+    if inputs.motion is not None and sha256(inputs.motion) != request.motion_sha256:
+        name = Path(inputs.motion).name
+        raise UsageError(f"{name} is not the motion video this job began with; put that one back")
+    return preset
+
+
 def check_weights(preset: Preset, model: str | None) -> None:
     """UsageError if the weights are certainly not there. What is on a hub is not looked up here."""
     folder = Path(model) if model is not None else preset.folder
@@ -168,6 +199,18 @@ def check_weights(preset: Preset, model: str | None) -> None:
     if not (folder / "model_index.json").is_file():
         where = "this installation" if model is None else f"--model {model!r}"
         raise UsageError(f"{where} has no weights of {preset.name}: no model_index.json in {folder.name}")
+    held = _preset_in(folder)
+    if held is not None and held != preset.name:
+        raise UsageError(f"{folder.name} holds weights of {held}, not of {preset.name}; say --preset {held}")
+
+
+def _preset_in(folder: Path) -> str | None:
+    """What a saved pipeline says it is; a damaged file says nothing and fails when it is loaded."""
+    try:
+        held = json.loads((folder / "model_index.json").read_bytes()).get("preset")
+    except (ValueError, AttributeError):
+        return None
+    return held if isinstance(held, str) else None
 
 
 def _num_frames(options: Options, fps: float, preset: Preset) -> int | None:
@@ -181,6 +224,8 @@ def _num_frames(options: Options, fps: float, preset: Preset) -> int | None:
         raise UsageError(f"duration {options.duration!r} is not a number of seconds, e.g. 5s") from None
     if not 0 < seconds < 1e6:
         raise UsageError(f"duration {options.duration!r} is not positive; give seconds, e.g. 5s")
+    if not 0 < fps <= 240:
+        raise UsageError(f"fps {fps} is not above 0 and at most 240; 15 is usual here")
     # One more than seconds times fps: the last frame is shown at that time.
     return preset.grid.snap_frames(round(seconds * fps) + 1)
 
@@ -223,7 +268,7 @@ def _wanted(output: str | None, stem: str, request: Request) -> Path:
     name = f"{stem}_{request.seed}_{request.size}_{request.num_frames}f.mp4"
     if output is None:
         return Path(name)
-    path = Path(output).expanduser()
+    path = _path(output)
     if path.is_dir():
         return path / name
     return path.with_suffix("") if path.suffix.lower() == ".png" else path
@@ -238,10 +283,25 @@ def _loras(given: list[str] | None) -> tuple[str, ...]:
     found = []
     for text in given or ():
         path, weight = split_lora(text)
-        if not Path(path).expanduser().is_file():
+        if not _path(path).is_file():
             raise UsageError(f"LoRA {path!r} does not exist; give PATH or PATH:WEIGHT")
-        found.append(f"{Path(path).expanduser().absolute()}:{weight:g}")
+        _check_lora(str(_path(path)))
+        found.append(f"{_path(path).absolute()}:{weight:g}")
     return tuple(found)
+
+
+def _check_lora(path: str) -> None:
+    """UsageError for a file that cannot be one, from its header; whether it fits is seen when the model is there."""
+    for file in locate(path):
+        if file.suffix == ".safetensors":
+            read_metadata(file)
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{text!r} names the home of an unknown user; give a path") from None
 
 
 def split_lora(text: str) -> tuple[str, float]:
@@ -249,6 +309,9 @@ def split_lora(text: str) -> tuple[str, float]:
     if not colon or Path(text).is_file():
         return text, 1.0
     try:
-        return path, float(weight)
+        strength = float(weight)
     except ValueError:
         raise UsageError(f"LoRA weight {weight!r} is not a number; give PATH or PATH:WEIGHT") from None
+    if not math.isfinite(strength):
+        raise UsageError(f"LoRA weight {weight!r} is not finite; 1 is as trained")
+    return path, strength
