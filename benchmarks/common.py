@@ -133,6 +133,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def parsed(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, and as ``arguments`` what was typed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return made.parse_args(arguments, argparse.Namespace(arguments=list(arguments)))
+
+
 def add_clip_options(made: argparse.ArgumentParser) -> None:
     """What to generate, for the benchmarks that generate."""
     made.add_argument("--image", type=Path, default=PHOTO)
@@ -178,7 +184,7 @@ class Record:
         self._asked, self._script = asked, Path(script)
         self.line: dict[str, Any] = {
             "question": question,
-            "command": shlex.join(["python", f"benchmarks/{self._script.name}", *map(_portable, sys.argv[1:])]),
+            "command": shlex.join(["python", f"benchmarks/{self._script.name}", *map(_portable, asked.arguments)]),
             **commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "hardware": hardware(asked.threads),

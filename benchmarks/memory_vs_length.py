@@ -23,14 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     common.add_clip_options(parser)
     parser.add_argument("--size", default="1280x704")
-    parser.add_argument("--num-frames", type=int, nargs="+", default=[41, 81, 161, 321])
-    asked = parser.parse_args(arguments)
-    if asked.tiny:
-        asked.size, asked.num_frames = "128x64", [81, 161]
+    parser.add_argument("--num-frames", type=int, nargs="+", help="default: 41 81 161 321")
+    asked = common.parsed(parser, arguments)
+    lengths = asked.num_frames or ([81, 161] if asked.tiny else [41, 81, 161, 321])
+    asked.size = "128x64" if asked.tiny else asked.size
     record = common.Record("peak RSS of generate against the length of the clip", asked, __file__)
     rows, command = [], ""
     with common.workplace(asked) as (folder, model):
-        for num_frames in asked.num_frames:
+        for num_frames in lengths:
             told = ["--image", str(asked.image.resolve()), *common.clip_arguments(asked, model, asked.size, num_frames)]
             run = common.generate(folder, told)
             run.output.unlink()

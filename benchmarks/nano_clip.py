@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     common.add_clip_options(parser)
     parser.add_argument("--size", default="2560x1408")
     parser.add_argument("--num-frames", type=int, default=81)
-    asked = parser.parse_args(arguments)
+    asked = common.parsed(parser, arguments)
     if asked.tiny:
         asked.size, asked.num_frames = "128x64", 33
     record = common.Record("time, memory and first pictures of a nano clip", asked, __file__)
@@ -141,7 +141,7 @@ def _segment_seconds(steps: Sequence[common.TimedEvent], number: int) -> float:
 def settings_of(video: Path) -> dict[str, Any]:
     """What the run used, as the file itself says: dtype, threads, device and steps."""
     with av.open(str(video)) as container:
-        told = json.loads(container.metadata.get("comment", "{}"))
+        told = json.loads(container.metadata.get("comment", "{}")).get("swifti2v", {})
     request = told.get("request", {})
     names = ("num_inference_steps", "num_inference_steps_2")
     return {**told.get("settings", {}), **{name: request.get(name) for name in names}}

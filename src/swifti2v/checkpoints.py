@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -115,6 +115,15 @@ def read_files(files: list[Path], allow_pickle: bool) -> dict[str, Tensor]:
             raise UsageError(f"{shard.name} and {files[0].name} disagree about {some(held.keys() ^ wanted)}")
         tensors.update(held)
     return tensors
+
+
+def tensor_names(file: Path) -> set[str]:
+    """Names of the tensors of a .safetensors file or a shard index, without reading the tensors."""
+    if file.name.endswith(".index.json"):
+        return set(_weight_map(file))
+    read_metadata(file)
+    with safe_open(file, framework="pt") as opened:
+        return set(opened.keys())
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -51,9 +51,10 @@ class Size:
     @classmethod
     def parse(cls, text: str) -> Size:
         """Read ``2560x1408`` (``*`` and ``:`` are accepted for ``x``)."""
-        match = re.fullmatch(r"\s*(-?\d+)\s*[xX*:×]\s*(-?\d+)\s*", text)
+        match = re.fullmatch(r"\s*(-?\d{1,9})\s*[xX*:×]\s*(-?\d{1,9})\s*", text)
         if not match:
-            raise UsageError(f"size {text!r} is not WIDTHxHEIGHT in whole pixels, e.g. 2560x1408")
+            shown = text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
+            raise UsageError(f"size {shown!r} is not WIDTHxHEIGHT in whole pixels, e.g. 2560x1408")
         return cls(int(match[1]), int(match[2]))
 
     @property
@@ -214,9 +215,11 @@ class Request(BaseModel):
     image_sha256: str = ""
     motion_sha256: str = ""
 
-    @field_validator("prompt", "negative_prompt")
+    @field_validator("prompt", "negative_prompt", mode="before")
     @classmethod
-    def _printable(cls, text: str) -> str:
+    def _printable(cls, text: object) -> object:
+        if not isinstance(text, str):
+            return text
         if "\x00" in text:
             raise ValueError("the prompt holds a NUL character; remove it")
         try:

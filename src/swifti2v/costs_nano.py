@@ -157,7 +157,7 @@ class NanoVAECost:
         return positions * 4 * (2 * self.GROUP * self.PIXELS + 2 * self.latent_channels)
 
     def decode_bytes(self, positions: int, blocks: int, itemsize: int) -> int:
-        """Peak while a chunk of ``blocks`` is decoded, the chunk before it still in the consumer's hands.
+        """Peak while a chunk of ``blocks`` is decoded, one as long before it still in the consumer's hands.
 
         Counted in float32 frames: the linear decoding, its cells and those with the last frame (13), then
         either the residual, unfolded and summed, or the refiner's three maps; and the frames done so far.

@@ -15,6 +15,7 @@ from .core import UsageError
 from .machine import bfloat16_instructions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def choose_placement(device: str | None = None, dtype: str = "auto", threads: in
     """
     place = _device(device)
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads {threads} is not positive")
+        if not 1 <= threads <= MAX_THREADS:
+            raise UsageError(f"threads {threads} is not between 1 and {MAX_THREADS}")
         torch.set_num_threads(threads)
     if dtype != "auto":
         if dtype not in DTYPES:
@@ -75,9 +76,9 @@ def place(module: nn.Module | None, device: torch.device, dtype: torch.dtype | N
     if module is None:
         return
     module.to(device)
-    if dtype is None or dtype == torch.float32:
+    if dtype is None:
         return
-    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    kept = () if dtype == torch.float32 else tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
             parameter.data = parameter.data.to(dtype)
@@ -92,6 +93,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device {name!r} is not known; use cpu, cuda, cuda:0 or mps") from None
+    if device.type == "meta":
+        raise UsageError("device 'meta' holds no numbers; use cpu, cuda, cuda:0 or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import flow, presets
+from .camera import Motion
 from .core import Chunk, Event, Request, RunError
 from .images import read_image
 from .memory import Placement
@@ -26,7 +27,7 @@ from .models.causal_vae import decode_stream, encode_stream, streaming
 from .models.text import encode_prompts, truncated_prompt
 from .reference import fit_image, hybrid_reference, shrink
 from .segments import windows
-from .sources import assemble_wan, fingerprint, local_folder
+from .sources import assemble_wan, fingerprint, local_folder, refuse_gaps
 from .stage_one import Conditions, MotionPlan, motion_latents
 from .stage_two import Sampling, dit_velocity, refine
 
@@ -46,11 +47,11 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """One photo and a sentence to a high-resolution video, in two stages (arXiv 2605.06356).
 
     ``transformer`` and ``vae`` are Stage I's, ``transformer_2`` and ``vae_2`` Stage II's (``vae_2`` None: the
-    same VAE); both stages share ``text_encoder``. ``preset`` names the grid and defaults (``presets.PRESETS``).
+    same VAE); both stages share ``text_encoder``. ``camera`` (nano) reads the camera's motion from the prompt. ``preset`` names the grid and defaults (``presets.PRESETS``).
     """
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae->transformer_2->vae_2"
-    _optional_components = ["image_encoder", "image_processor", "vae_2", "text_encoder", "tokenizer"]  # noqa: RUF012
+    model_cpu_offload_seq = "text_encoder->camera->image_encoder->transformer->vae->transformer_2->vae_2"
+    _optional_components = ["image_encoder", "image_processor", "vae_2", "text_encoder", "tokenizer", "camera"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         vae_2: nn.Module | None = None,
         image_encoder: Any = None,
         image_processor: Any = None,
+        camera: nn.Module | None = None,
         preset: str = "nano",
     ) -> None:
         super().__init__()
@@ -76,6 +78,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             scheduler=scheduler,
             image_encoder=image_encoder,
             image_processor=image_processor,
+            camera=camera,
         )
         self.register_to_config(preset=preset)
         self.preset = presets.get(preset)
@@ -88,6 +91,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Load a preset that ships with the package ("nano"), a folder in diffusers layout, or a hub repository."""
         folder = local_folder(str(pretrained_model_name_or_path), kwargs.get("local_files_only", False))
         pipeline = super().from_pretrained(str(folder), **kwargs)
+        if "variant" not in kwargs:
+            refuse_gaps({name: part for name, part in pipeline.components.items() if name not in kwargs}, folder)
         pipeline.sources = (folder,)
         return pipeline
 
@@ -173,7 +178,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         negative = self.encode_prompt(request.negative_prompt) if guided else None
         image_embeds = self.encode_image(photo) if self.image_encoder is not None else None
         report("progress", "text", step=1, total=1)
-        return Conditions(text, negative, image_embeds, request.guidance_scale)
+        camera = Motion.from_code(self.camera(text)[0].tolist()) if self.camera is not None else None
+        return Conditions(text, negative, image_embeds, request.guidance_scale, camera)
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """Text states (1, tokens, d), zero after the prompt's end."""

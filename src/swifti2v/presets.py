@@ -146,6 +146,17 @@ def get(name: str) -> Preset:
     return PRESETS[name]
 
 
+def check(request: Request) -> Preset:
+    """The preset of a request that a file held; ``UsageError`` unless it is known and the request on its grid."""
+    preset = get(request.preset)
+    size, frames = preset.grid.snap(request.size), preset.grid.snap_frames(request.num_frames)
+    if size != request.size:
+        raise UsageError(f"size {request.size} is off the grid of {preset.name}; nearest legal value: {size}")
+    if frames != request.num_frames:
+        raise UsageError(f"num_frames {request.num_frames} is off the grid: 4k+1 frames; nearest legal value: {frames}")
+    return preset
+
+
 def resolve(
     preset: Preset,
     *,
@@ -169,13 +180,11 @@ def resolve(
     chosen, fit_used = _choose_size(preset.grid, photo_size, size, resolution, fit)
     legal = preset.grid.snap(chosen)
     if legal != chosen:
-        rule = f"size {chosen} is off the grid: sides must be multiples of {preset.grid.multiple}"
-        notices.append(_snap(rule, str(legal), strict))
+        notices.append(_snap(f"size {chosen} is off the grid: multiples of {preset.grid.multiple}", legal, strict))
     asked_frames = 81 if num_frames is None else num_frames
     legal_frames = preset.grid.snap_frames(asked_frames)
     if legal_frames != asked_frames:
-        rule = f"num_frames {asked_frames} is off the grid: 4k+1 frames with k >= 1"
-        notices.append(_snap(rule, str(legal_frames), strict))
+        notices.append(_snap(f"num_frames {asked_frames} is off the grid: 4k+1, k >= 1", legal_frames, strict))
     if seed is None or seed == -1:
         seed = secrets.randbelow(2**31)
         notices.append(f"seed drawn: {seed}")
@@ -218,7 +227,7 @@ def _choose_size(
     return grid.size_for(area, aspect), "pad" if fit == "pad" else "crop"
 
 
-def _snap(rule: str, legal: str, strict: bool) -> str:
+def _snap(rule: str, legal: object, strict: bool) -> str:
     if strict:
         raise UsageError(f"{rule}; nearest legal value: {legal}")
     return f"{rule}; using {legal}"

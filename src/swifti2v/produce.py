@@ -23,7 +23,7 @@ from . import media, presets
 from .checkpoints import sha256
 from .core import Event, RunError, UsageError
 from .journal import Job, Manifest
-from .order import Order, check_weights, location, split_lora
+from .order import Order, check_recorded, location, split_lora
 from .origin import Origin, record_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def start(order: Order, emit: Emit) -> Path:
     with job, _accountable(job, fresh=True):
         for line in order.notices:
             clock.say("notice", "image", line)
-        path = _make(job, clock, preview=order.preview, before=order.before)
+        path = _make(job, job.manifest, clock, preview=order.preview, before=order.before)
     clock.say("completed", "write", str(path))
     return path
 
@@ -65,32 +65,42 @@ def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = 
     """
     clock = _Clock(emit)
     with Job.open(folder) as job:
-        begun = bool(job.manifest.model_hashes or job.manifest.versions)
+        manifest = job.manifest
+        begun = bool(manifest.model_hashes or manifest.versions)
         if model is not None:
-            inputs = job.manifest.inputs.model_copy(update={"model": location(model)})
-            job.replace_manifest(job.manifest.model_copy(update={"inputs": inputs}))
-        check_weights(presets.get(job.manifest.request.preset), job.manifest.inputs.model)
+            inputs = manifest.inputs.model_copy(update={"model": location(model)})
+            manifest = manifest.model_copy(update={"inputs": inputs})
+        check_recorded(manifest.request, manifest.write, manifest.inputs)
         _clear_leftovers(job)
         with _accountable(job, fresh=False):
-            path = _make(job, clock, before=job.manifest if begun else None, refuse=not force)
+            path = _make(job, manifest, clock, before=job.manifest if begun else None, refuse=not force)
     clock.say("completed", "write", str(path))
     return path
 
 
 def _make(
-    job: Job, clock: _Clock, *, before: Origin | Manifest | None = None, preview: bool = False, refuse: bool = False
+    job: Job,
+    manifest: Manifest,
+    clock: _Clock,
+    *,
+    before: Origin | Manifest | None = None,
+    preview: bool = False,
+    refuse: bool = False,
 ) -> Path:
-    """Load, compare with what was used ``before`` (and ``refuse`` differences), make, publish, remove the job."""
-    pipe = _load(job.manifest, clock)
+    """Load, compare with what was used ``before`` (and ``refuse`` differences), make, publish, remove the job.
+
+    ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
+    """
+    pipe = _load(manifest, clock)
     found = pipe.fingerprint()
-    for lora, _ in map(split_lora, (*job.manifest.inputs.loras, *job.manifest.inputs.loras_2)):
+    for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
         found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
     changes = list(differences(before, found)) if before is not None else []
     if changes and refuse:
         raise UsageError(f"this is not what the job began with: {'; '.join(changes)}; use --force to go on regardless")
     for line in changes:
         clock.say("notice", "load", f"not as before: {line}")
-    job.replace_manifest(job.manifest.model_copy(update=found))
+    job.replace_manifest(manifest.model_copy(update=found))
     path = _preview(pipe, job, clock) if preview else _video(pipe, job, clock)
     for line in job.notices:
         clock.say("notice", "write", line)
@@ -178,8 +188,6 @@ def _motion_pixels(pipe: SwiftI2VPipeline, manifest: Manifest) -> Iterator[Tenso
     path, request = manifest.inputs.motion, manifest.request
     if path is None:
         return None
-    if sha256(path) != request.motion_sha256:
-        raise UsageError(f"{Path(path).name} is not the motion video this job began with; put that one back")
     frames = media.read_video(path, pipe.preset.grid.motion_size(request.size))
     return islice(frames, request.num_frames)
 

@@ -6,20 +6,29 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    WanTransformer3DModel,
+)
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from . import presets
-from .checkpoints import hash_files
-from .core import UsageError
+from .checkpoints import hash_files, some, tensor_names
+from .core import RunError, UsageError
 from .lora import Stage, load_lora
 from .memory import Placement, choose_placement, place
+from .models.camera_head import CameraHead
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.self_check import self_check_conv3d
@@ -30,7 +39,10 @@ if TYPE_CHECKING:
     from .pipeline import SwiftI2VPipeline
 
 # from_pretrained finds a component's class only if its module has been imported.
-COMPONENTS = (MobileTransformer3DModel, NanoVAE, SwiftI2VTransformer3DModel)
+COMPONENTS = (CameraHead, MobileTransformer3DModel, NanoVAE, SwiftI2VTransformer3DModel)
+WEIGHTS = tuple(
+    f"{stem}.safetensors{index}" for stem in ("diffusion_pytorch_model", "model") for index in (".index.json", "")
+)
 LIBRARIES = ("swifti2v", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
 
 
@@ -76,20 +88,43 @@ def load(
         pipeline = SwiftI2VPipeline.from_wan(one, two, preset=preset.name, torch_dtype=placement.dtype)
     else:
         raise UsageError(f"preset {preset.name!r} has no public weights; {_help_for(preset)}")
+    if pipeline.preset.name != preset.name:
+        raise RunError(f"{model} holds weights of {pipeline.preset.name}, not of {preset.name}")
     attached: tuple[tuple[Stage, Sequence[tuple[str, float]]], ...] = (("one", loras), ("two", loras_2))
-    for stage, files in attached:
-        for index, (path, weight) in enumerate(files):
-            load_lora(pipeline, path, adapter_name=f"{stage}_{index}", weight=weight, stage=stage)
+    try:
+        for stage, files in attached:
+            for index, (path, weight) in enumerate(files):
+                load_lora(pipeline, path, adapter_name=f"{stage}_{index}", weight=weight, stage=stage)
+    except UsageError as error:  # whether a file fits is known only here, after the weights
+        raise RunError(str(error)) from None
     place_pipeline(pipeline, placement)
     return pipeline
+
+
+def refuse_gaps(components: Mapping[str, Any], folder: Path) -> None:
+    """RunError if a model's file lacks tensors or holds others: the libraries would draw or drop them silently."""
+    for name, module in components.items():
+        file = next((folder / name / weights for weights in WEIGHTS if (folder / name / weights).is_file()), None)
+        if file is None or not isinstance(module, nn.Module) or getattr(module, "hf_quantizer", None) is not None:
+            continue
+        held, state = tensor_names(file), module.state_dict()
+        there = {tensor.data_ptr() for key, tensor in state.items() if key in held}
+        # Tied tensors are written once, under one of their names.
+        missing = {key for key, tensor in state.items() if key not in held and tensor.data_ptr() not in there}
+        if missing:
+            raise RunError(f"{name}/{file.name} lacks {some(missing)} of {len(state)}")
+        ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        surplus = {key for key in held - state.keys() if not any(re.search(pattern, key) for pattern in ignored)}
+        if surplus and isinstance(module, ModelMixin):
+            raise RunError(f"{name}/{file.name} has what a {type(module).__name__} does not have: {some(surplus)}")
 
 
 def place_pipeline(pipeline: SwiftI2VPipeline, placement: Placement) -> None:
     """Transformers and VAEs in the placement's dtype (their own float32 parts kept), encoders as loaded."""
     for name in ("transformer", "transformer_2", "vae", "vae_2"):
         place(getattr(pipeline, name, None), placement.device, placement.dtype)
-    for name in ("text_encoder", "image_encoder"):
-        place(getattr(pipeline, name), placement.device)
+    for name in ("text_encoder", "image_encoder", "camera"):
+        place(getattr(pipeline, name, None), placement.device)
     pipeline.placement = placement
 
 
@@ -151,6 +186,7 @@ def _wan_components(source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
         found["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
         found["image_encoder"] = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32)
+    refuse_gaps(found, folder)
     return found
 
 

@@ -5,8 +5,8 @@ Two kinds of network speak through one interface:
 
 - Wan2.1-I2V: channels are noise 16 + mask 4 + condition 16, the condition being the VAE latents of the photo
   followed by empty frames; CLIP image embeddings; one timestep for all blocks; block 0 is generated too.
-- nano, in the TI2V manner: block 0 is the clean photo with timestep 0, and the reference channels hold the
-  latents of the motionless photo.
+- nano, in the TI2V manner: block 0 is the clean photo with timestep 0, and the reference channels hold the latents
+  of the photo as a moving camera would see it (docs/decisions/0006); without a camera, of the motionless photo.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import flow
+from .camera import Motion, camera_video
 from .models.causal_vae import StreamingVAE, encode_stream
 from .models.mobile_dit import MobileTransformer3DModel
 from .reference import static_video, zero_video
@@ -31,12 +32,14 @@ for all blocks), and given clean in the condition channels, with the mask set.""
 
 @dataclass(frozen=True)
 class Conditions:
-    """What Stage I is told: text (b, l, d), negative text for guidance, CLIP image embeddings (b, 257, 1280)."""
+    """What Stage I is told: text (b, l, d), negative text for guidance, CLIP image embeddings (b, 257, 1280), and
+    (nano) the camera's motion."""
 
     text: Tensor | None
     negative_text: Tensor | None = None
     image_embeds: Tensor | None = None
     guidance_scale: float = 1.0
+    camera: Motion | None = None
 
 
 def generates_anchor(transformer: nn.Module) -> bool:
@@ -78,7 +81,7 @@ def motion_latents(
     """
     wan = generates_anchor(transformer)
     num_frames = (plan.num_blocks - 1) * vae.temporal_stride + 1
-    condition_video = zero_video(image, num_frames) if wan else static_video(image, num_frames)
+    condition_video = _condition_video(image, num_frames, wan, conditions.camera)
     csg = WAN_CSG if wan else CSG(rope_positions="clamped")
     if plan.strength < 1 and initial is None:
         raise ValueError(f"strength {plan.strength} is below 1 but there are no initial latents to start from")
@@ -137,6 +140,12 @@ class MotionPlan:
                 generates_anchor=generates_anchor,
             )
         )
+
+
+def _condition_video(image: Tensor, num_frames: int, wan: bool, camera: Motion | None) -> Iterator[Tensor]:
+    if wan:
+        return zero_video(image, num_frames)
+    return static_video(image, num_frames) if camera is None else camera_video(image, camera, num_frames)
 
 
 def _wan_velocity(transformer: nn.Module, conditions: Conditions, csg: CSG) -> Velocity:

@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5EncoderM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from . import presets
+from .models.camera_head import CameraHead
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.text import nano_tokenizer
@@ -96,6 +97,7 @@ def _nano() -> dict[str, Any]:
     components = {
         "transformer": MobileTransformer3DModel(cross_attention_dim=TEXT_DIM, absolute_positions=True, **common),
         "transformer_2": MobileTransformer3DModel(**common),
+        "camera": CameraHead(TEXT_DIM),
         "vae": _nano_vae(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
         **_text(),

@@ -1,6 +1,6 @@
 """Training clips for nano: photos in, latents out, as a pure function of (seed, step).
 
-Stage I learns motion: the reference is the motionless photo, the clean latents are the moving camera's.
+Stage I learns what the camera uncovers: the reference is the photo moved by the camera, mirrored at its edges.
 Stage II learns detail: the reference is the clip shrunk to a quarter, sent through the VAE and enlarged, as
 Stage I's output will be. Both hold finished blocks first and say how many.
 """
@@ -18,11 +18,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..camera import AMPLITUDE_FRAMES, camera_video
 from ..core import Size
 from ..models.nano_vae import NanoVAE
 from ..reference import resize
 from ..segments import RopePositions, Window
-from .prompts import AMPLITUDE_FRAMES, caption
+from .prompts import caption
 from .synthetic import Scene, make_scene, render
 
 TRAINED_BLOCKS = 21
@@ -107,13 +108,15 @@ def decode_linear(vae: NanoVAE, latents: Tensor) -> Tensor:
 
 
 def stage_one_latents(vae: NanoVAE, scene: Scene, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Clean and motionless latents (1, c, 1 + len(blocks), h, w): block 0, then ``blocks`` (each at least 1)."""
-    frames = [frame for block in blocks for frame in block_frames(block)]
+    """Clean latents and those of the photo so moved (1, c, 1 + len(blocks), h, w): block 0, then ``blocks`` (at least 1).
+
+    The reference knows the photo alone, mirrored where the camera leaves it; the clean clip saw what is there.
+    """
     photo = scene.photo[:, None]
-    clean = encode_blocks(vae, photo, render(scene, frames))
-    still = encode_blocks(vae, photo, photo.expand(-1, 4, -1, -1))
-    reference = torch.cat([still[:, :, :1], still[:, :, 1:].expand(-1, -1, len(blocks), -1, -1)], dim=2)
-    return clean, reference
+    clean = encode_blocks(vae, photo, render(scene, [frame for block in blocks for frame in block_frames(block)]))
+    groups = list(camera_video(photo[None], scene.motion, 4 * max(blocks) + 1))
+    moved = torch.cat([groups[block][0] for block in blocks], dim=1)
+    return clean, encode_blocks(vae, photo, moved)
 
 
 def stage_one_batch(vae: NanoVAE, photos: Photos, rng: random.Random, amplitude: float = 1.0) -> Batch:
@@ -179,7 +182,7 @@ def stage_two_batch(vae: NanoVAE, photos: Photos, rng: random.Random) -> Batch:
     items = []
     for _ in range(2 if size.area * len(window.blocks) < 1_600_000 else 1):
         # Wider than the prompts' own: Stage II also serves motion that comes from elsewhere
-        motion = caption(rng).motion.scaled(rng.uniform(0.5, 2.5) * min(1.0, AMPLITUDE_FRAMES / last))
+        motion = caption(rng).motion.scaled(rng.uniform(0.2, 1.1) * min(1.0, AMPLITUDE_FRAMES / last))
         scene = make_scene(photos.pick(rng), size, motion, last, rng)
         items.append(stage_two_latents(vae, scene, window.blocks[1:], rng))
     clean, reference = (torch.cat(parts) for parts in zip(*items, strict=True))

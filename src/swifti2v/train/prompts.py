@@ -7,71 +7,16 @@ A prompt without any motion word means a slow zoom in. This module knows no tens
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from dataclasses import dataclass, replace
 
-AMPLITUDE_FRAMES = 80  # amplitudes are reached this many frames after frame 0 (an 81-frame clip)
+from ..camera import FAST_PAN, FAST_ROLL, FAST_SHAKE, FAST_ZOOM, Motion
+
 SPEEDS = ("slow", "", "fast")
-PAN = (0.012, 0.024, 0.036)
-ZOOM = (1.04**0.4, 1.08**0.4, 1.12**0.4)
-ROLL = (0.6, 1.2, 1.8)
-SHAKE = (0.0008, 0.0016, 0.0024)
-
-
-@dataclass(frozen=True)
-class View:
-    """Where the camera looks: center offset (picture widths and heights, y down), view size ``scale``
-    relative to frame 0's, and the camera's clockwise ``angle`` in radians."""
-
-    x: float
-    y: float
-    scale: float
-    angle: float
-
-
-@dataclass(frozen=True)
-class Motion:
-    """Camera motion, amplitudes after 80 frames; it goes on at the same rate beyond.
-
-    ``pan``: picture widths, positive right; ``tilt``: picture heights, positive up; ``zoom``: magnification
-    (above 1 moves in); ``roll``: degrees, positive clockwise; ``shake``: picture widths.
-    """
-
-    pan: float = 0.0
-    tilt: float = 0.0
-    zoom: float = 1.0
-    roll: float = 0.0
-    shake: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.zoom > 0:
-            raise ValueError(f"zoom {self.zoom} is not positive")
-
-    def at(self, frame: float) -> View:
-        """The view at ``frame`` (may be fractional); frame 0 is exactly View(0, 0, 1, 0)."""
-        u = frame / AMPLITUDE_FRAMES
-        return View(
-            x=self.pan * u + self.shake * (_sway(frame, 0.0) - _sway(0, 0.0)),
-            y=-self.tilt * u + self.shake * (_sway(frame, 2.0) - _sway(0, 2.0)),
-            scale=self.zoom**-u,
-            angle=math.radians(self.roll) * u,
-        )
-
-    def scaled(self, factor: float) -> Motion:
-        """The same motion with ``factor`` times the amplitude."""
-        return Motion(self.pan * factor, self.tilt * factor, self.zoom**factor, self.roll * factor, self.shake * factor)
-
-    def code(self) -> tuple[float, ...]:
-        """The five amplitudes in units of the fast speed: what a prompt says, as numbers within [-1, 1]."""
-        return (
-            self.pan / PAN[2],
-            self.tilt / PAN[2],
-            math.log(self.zoom) / math.log(ZOOM[2]),
-            self.roll / ROLL[2],
-            self.shake / SHAKE[2],
-        )
+# Slow, plain and fast, a third, two thirds and the whole of the camera's fast speed.
+PAN, ROLL, SHAKE = (tuple(fast * part / 3 for part in (1, 2, 3)) for fast in (FAST_PAN, FAST_ROLL, FAST_SHAKE))
+ZOOM = tuple(FAST_ZOOM ** (part / 3) for part in (1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -80,11 +25,6 @@ class Caption:
 
     prompt: str
     motion: Motion
-
-
-def _sway(frame: float, phase: float) -> float:
-    """A hand's unsteadiness: two fixed incommensurate waves, about 1.5 s and 0.8 s at 15 fps, within +-1."""
-    return 0.65 * math.sin(frame * math.tau / 23 + phase) + 0.35 * math.sin(frame * math.tau / 12.6 + 2 * phase + 1)
 
 
 _MOVES = ("left", "right", "up", "down", "in", "out", "clockwise", "counterclockwise", "shake")

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..camera import Motion, warp
 from ..core import Size
-from .prompts import Motion, View
 
 _MARGIN = 3  # pixels around every view for the bicubic taps
 
@@ -98,7 +98,8 @@ def make_scene(photo: Tensor, size: Size, motion: Motion, last_frame: int, rng: 
 def render(scene: Scene, frames: Sequence[int]) -> Tensor:
     """The clip's ``frames`` (3, t, height, width) in [-1, 1]; frame 0 is the photo itself, exactly."""
     moved = [frame for frame in frames if frame != 0]
-    warped = _warp(scene, [scene.motion.at(frame) for frame in moved]) if moved else None
+    window = (scene.top, scene.left, scene.size.height, scene.size.width)
+    warped = warp(scene.source, [scene.motion.at(frame) for frame in moved], window) if moved else None
     pictures, index = [], 0
     for frame in frames:
         if frame == 0 or warped is None:
@@ -107,21 +108,3 @@ def render(scene: Scene, frames: Sequence[int]) -> Tensor:
             pictures.append(warped[index])
             index += 1
     return torch.stack(pictures, dim=1)
-
-
-def _warp(scene: Scene, views: Sequence[View]) -> Tensor:
-    """(n, 3, height, width), bicubic."""
-    rows, columns = scene.source.shape[1:]
-    width, height = scene.size.width, scene.size.height
-    theta = torch.empty(len(views), 2, 3)
-    for index, view in enumerate(views):
-        cos, sin = math.cos(view.angle) * view.scale, math.sin(view.angle) * view.scale
-        center_x = scene.left + width / 2 + view.x * width
-        center_y = scene.top + height / 2 + view.y * height
-        # grid_sample wants source coordinates in [-1, 1] over pixel edges, as functions of the target's
-        theta[index, 0] = torch.tensor([cos * width / columns, -sin * height / columns, 2 * center_x / columns - 1])
-        theta[index, 1] = torch.tensor([sin * width / rows, cos * height / rows, 2 * center_y / rows - 1])
-    grid = F.affine_grid(theta, [len(views), 3, height, width], align_corners=False)
-    source = scene.source[None].expand(len(views), -1, -1, -1)
-    out = F.grid_sample(source, grid, mode="bicubic", padding_mode="border", align_corners=False)
-    return out.clamp(-1, 1)

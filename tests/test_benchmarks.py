@@ -1,0 +1,83 @@
+"""Every benchmark runs at toy size through the real command line, and says what a record has to say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from swifti2v.tiny import tiny_pipeline
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    tiny_pipeline("nano").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module(request.param)
+
+
+def line_of(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    """The JSON line of a tiny run; checked for what every record has."""
+    script.main(["--tiny", "--model", str(weights), "--threads", "1", *more])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(line) == {"question", "command", "commit", "dirty", "date", "hardware", "settings", "results"}
+    assert line["command"].startswith(f"python benchmarks/{script.__name__}.py --tiny")
+    assert {"cpu", "cores", "threads", "torch", "load"} <= set(line["hardware"])
+    assert str(weights.parent) not in json.dumps(line) and str(FOLDER.parent) not in json.dumps(line)
+    return line
+
+
+@pytest.mark.parametrize("script", ["memory_vs_length"], indirect=True)
+def test_memory_vs_length(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = line_of(script, weights, capsys, "--steps", "1", "--num-frames", "17")["results"]
+    assert [row["num_frames"] for row in results["runs"]] == [17]
+
+
+@pytest.mark.parametrize("script", ["memory_vs_length"], indirect=True)
+@pytest.mark.parametrize(("peaks", "met"), [((500, 700, 705, 710), True), ((500, 700, 730, 760), False)])
+def test_the_verdict_leaves_short_clips_out(script: ModuleType, peaks: tuple[int, ...], met: bool) -> None:
+    rows = [{"num_frames": n, "peak_mb": peak} for n, peak in zip((41, 81, 161, 321), peaks, strict=True)]
+    assert script.verdict(rows)["met"] is met
+    assert script.verdict(rows[:2]) == {}
+
+
+@pytest.mark.parametrize("script", ["nano_clip"], indirect=True)
+def test_nano_clip(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(script, weights, capsys)
+    results = line["results"]
+    assert line["settings"]["dtype"] in ("float32", "bfloat16") and line["settings"]["threads"] == "1"
+    assert results["segments"] == 3
+    assert sum(results["phases"].values()) == pytest.approx(results["seconds"], abs=0.5)
+    assert 0 < results["first_frame_seconds"] < results["seconds"]
+
+
+@pytest.mark.parametrize("script", ["nano_clip"], indirect=True)
+def test_bytes_that_are_no_video_hold_no_frames(script: ModuleType) -> None:
+    assert script.playable_frames(b"") == script.playable_frames(b"free" * 100) == 0
+
+
+@pytest.mark.parametrize("script", ["first_frame"], indirect=True)
+def test_first_frame(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    results = line_of(script, weights, capsys)["results"]
+    assert 5 < results["worst_db"] == results["mean_db"] < 60
+    with pytest.raises(SystemExit, match="fetch_photos"):
+        script.held_out(tmp_path, 10)
+
+
+@pytest.mark.parametrize("script", ["plan_accuracy"], indirect=True)
+def test_plan_accuracy(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = line_of(script, weights, capsys)["results"]["sizes"][0]
+    assert row["size"] == "128x64"
+    assert row["live_mb"] > 0 and row["planned_live_mb"] > 0
