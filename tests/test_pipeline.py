@@ -179,9 +179,7 @@ def test_from_wan_widens_or_keeps(tmp_path: Path) -> None:
         for folder, component in zip(("transformer", "vae"), used, strict=True):
             getattr(parts, component).save_pretrained(tmp_path / name / folder)
     for preset, channels in (("tiny-wan", 8), ("tiny-wan-refine", 4)):
-        made = SwiftI2VPipeline.from_wan(
-            tmp_path / "one", tmp_path / "two", preset=preset, torch_dtype=torch.float32
-        )
+        made = SwiftI2VPipeline.from_wan(tmp_path / "one", tmp_path / "two", preset=preset, torch_dtype=torch.float32)
         assert made.transformer_2.config.in_channels == channels
         assert getattr(made.transformer_2.config, "reference_is_untrained", False) == (preset == "tiny-wan")
 

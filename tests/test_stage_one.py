@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swifti2v.camera import camera_video
 from swifti2v.models.causal_vae import encode_stream, streaming
 from swifti2v.models.nano_vae import NanoVAE
 from swifti2v.pipeline import Reporter, SwiftI2VPipeline
@@ -47,9 +49,8 @@ def windows_of(family: str, blocks: int, *, scale: float = 1.0, **more: Any) -> 
     """The windows of motion latents; keywords of ``MotionPlan`` and of ``motion_latents`` alike."""
     fields = {name: more.pop(name) for name in ("strength", "round_timesteps_bf16") if name in more}
     pipe = pipeline(family)
-    vae = more.pop("vae", None) or streaming(pipe.vae)
-    made = motion_latents(pipe.transformer, vae, photo(), told(family, scale), plan=plan(blocks, **fields), **more)
-    return list(made)
+    vae, conditions = streaming(pipe.vae), more.pop("conditions", None) or told(family, scale)
+    return list(motion_latents(pipe.transformer, vae, photo(), conditions, plan=plan(blocks, **fields), **more))
 
 
 class Seen:
@@ -89,14 +90,18 @@ def test_a_longer_clip_begins_like_a_shorter_one(family: str) -> None:
     assert torch.equal(windows_of(family, TRAINED)[0], windows_of(family, 13)[0])
 
 
-def test_nano_is_given_the_photo_clean_and_the_motionless_photo_as_reference() -> None:
+@pytest.mark.parametrize("moving", [False, True])
+def test_nano_is_given_the_photo_clean_and_the_filmed_photo_as_reference(moving: bool) -> None:
+    conditions = told("nano") if moving else dataclasses.replace(told("nano"), camera=None)
     with Seen("nano") as seen:
-        made = windows_of("nano", 9)
-    still = torch.cat(list(encode_stream(streaming(pipeline("nano").vae), static_video(photo(), 33))), dim=2)
-    assert torch.equal(made[0][:, :, :1], still[:, :, :1])
+        made = windows_of("nano", 9, conditions=conditions)
+    video = static_video(photo(), 33) if conditions.camera is None else camera_video(photo(), conditions.camera, 33)
+    assert (conditions.camera is not None) == moving
+    expected = torch.cat(list(encode_stream(streaming(pipeline("nano").vae), video)), dim=2)
+    assert torch.equal(made[0][:, :, :1], expected[:, :, :1])
     for call in seen.calls:
-        assert torch.equal(call["hidden_states"][:, :, :1], still[:, :, :1]) and call["timestep"][0, 0] == 0
-    assert torch.equal(seen.calls[0]["reference_hidden_states"], still[:, :, :TRAINED])
+        assert torch.equal(call["hidden_states"][:, :, :1], expected[:, :, :1]) and call["timestep"][0, 0] == 0
+    assert torch.equal(seen.calls[0]["reference_hidden_states"], expected[:, :, :TRAINED])
     # The continuation sees the last finished blocks clean.
     context = seen.calls[STEPS]["hidden_states"][:, :, 1:3]
     assert torch.equal(context, made[0][:, :, -2:]) and seen.calls[STEPS]["timestep"][0, 1:3].tolist() == [0, 0]
