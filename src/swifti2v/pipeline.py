@@ -47,7 +47,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """One photo and a sentence to a high-resolution video, in two stages (arXiv 2605.06356).
 
     ``transformer`` and ``vae`` are Stage I's, ``transformer_2`` and ``vae_2`` Stage II's (``vae_2`` None: the
-    same VAE); both stages share ``text_encoder``. ``camera`` (nano) reads the camera's motion from the prompt. ``preset`` names the grid and defaults (``presets.PRESETS``).
+    same VAE); both stages share ``text_encoder``. ``camera`` (nano) reads the camera's motion from the prompt.
+    ``preset`` names the grid and defaults (``presets.PRESETS``).
     """
 
     model_cpu_offload_seq = "text_encoder->camera->image_encoder->transformer->vae->transformer_2->vae_2"

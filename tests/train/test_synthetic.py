@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swifti2v.core import Size
 from swifti2v.camera import Motion
+from swifti2v.core import Size
 from swifti2v.train.prompts import PAN, SPEEDS, caption, motion_of, parse
 from swifti2v.train.synthetic import make_scene, reach, render
 

@@ -108,7 +108,7 @@ def decode_linear(vae: NanoVAE, latents: Tensor) -> Tensor:
 
 
 def stage_one_latents(vae: NanoVAE, scene: Scene, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Clean latents and those of the photo so moved (1, c, 1 + len(blocks), h, w): block 0, then ``blocks`` (at least 1).
+    """Clean latents and those of the photo so moved (1, c, 1 + len(blocks), h, w): block 0, then ``blocks`` (>= 1).
 
     The reference knows the photo alone, mirrored where the camera leaves it; the clean clip saw what is there.
     """
