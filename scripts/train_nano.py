@@ -156,11 +156,11 @@ def sigma_of(rng: random.Random) -> float:
 
 
 def flow_loss(
-    model: nn.Module, batch: Batch, text: Tensor | None, rng: random.Random, weights: Tensor
+    model: nn.Module, batch: Batch, text: Tensor | None, rng: random.Random, weights: Tensor, one_step: bool = False
 ) -> tuple[Tensor, float, float]:
     """The loss, and the segment's error of the model and of the bare reference; ``weights`` (c,) per channel."""
     noise = torch.randn(batch.clean.shape, generator=torch.Generator().manual_seed(rng.getrandbits(62)))
-    sigma = torch.tensor([sigma_of(rng) for _ in range(len(batch.clean))])
+    sigma = torch.tensor([1.0 if one_step else sigma_of(rng) for _ in range(len(batch.clean))])
     levels = sigma[:, None].repeat(1, batch.clean.shape[2])
     levels[:, : batch.context] = 0
     broad = levels[:, None, :, None, None]
@@ -284,7 +284,7 @@ def loss_of(run: Run, source: Source | None, seed: int) -> tuple[Tensor, float, 
     batch = source.at(run.step)
     text = text_states(source.encoder, batch.prompts) if source.encoder is not None else None
     (model,) = run.modules.values()
-    return flow_loss(model, batch, text, rng, source.weights)
+    return flow_loss(model, batch, text, rng, source.weights, one_step=run.name == "two")
 
 
 def main() -> None:

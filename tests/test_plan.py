@@ -486,7 +486,7 @@ def test_forwards_are_what_the_windows_say(blocks: int, m: int, n: int, steps: i
 
 def test_memory_does_not_grow_with_length() -> None:
     long = [planned("nano", "1280x704", frames).activation_bytes for frames in (81, 161, 321, 4001)]
-    assert long[2] <= 1.01 * long[0]
+    assert long[2] <= 1.05 * long[0]  # Stage I latents of the whole clip are kept: 57 kB a frame here
     assert (long[3] - long[0]) / (4001 - 81) < 0.2e6
 
 

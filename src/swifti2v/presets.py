@@ -71,11 +71,11 @@ PRESETS: dict[str, Preset] = {
             name="nano",
             family="nano",
             title="small models trained by this project, shipped in the package; run on a CPU",
-            grid=Grid(stage_one=_NANO, stage_two=_NANO),
+            grid=Grid(stage_one=_NANO, stage_two=_NANO, scale=2),  # docs/decisions/0007
             stage_one="nano",
             stage_two="nano",
             prompt_tokens=128,
-            defaults={"num_inference_steps": 12},
+            defaults={"num_inference_steps": 12, "num_inference_steps_2": 1},
         ),
         Preset(
             name="wan",

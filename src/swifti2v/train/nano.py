@@ -1,7 +1,7 @@
 """Training clips for nano: photos in, latents out, as a pure function of (seed, step).
 
 Stage I learns what the camera uncovers: the reference is the photo moved by the camera, mirrored at its edges.
-Stage II learns detail: the reference is the clip shrunk to a quarter, sent through the VAE and enlarged, as
+Stage II learns detail: the reference is the clip shrunk to a half, sent through the VAE and enlarged, as
 Stage I's output will be. Both hold finished blocks first and say how many.
 """
 
@@ -36,7 +36,7 @@ STAGE_ONE_SIZES = (
     (Size(176, 320), 0.1),
 )
 STAGE_TWO_SIZES = ((Size(640, 384), 0.4), (Size(384, 640), 0.2), (Size(512, 512), 0.2), (Size(960, 512), 0.2))
-STAGE_TWO_SCALE = 4
+STAGE_TWO_SCALE = 2
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def stage_one_batch(vae: NanoVAE, photos: Photos, rng: random.Random, amplitude:
 
 
 def low_resolution(vae: NanoVAE, frames: Tensor, rng: random.Random) -> Tensor:
-    """What Stage I would hand over: (3, 1 + 4k, h, w) shrunk to a quarter and sent through the VAE and, sometimes,
+    """What Stage I would hand over: (3, 1 + 4k, h, w) shrunk to a half and sent through the VAE and, sometimes,
     softened, since what Stage I moves it blurs."""
     size = Size(frames.shape[3], frames.shape[2])
     small = Size(size.width // STAGE_TWO_SCALE, size.height // STAGE_TWO_SCALE)
