@@ -334,7 +334,13 @@ def test_killed_for_real(here: Path, weights: Path) -> None:
 
 def start_process(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "swifti2v", *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    def hear_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores them, and so would its children
+
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=hear_interrupts
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> bool:
