@@ -32,6 +32,7 @@ from .stage_one import Conditions, MotionPlan, motion_latents
 from .stage_two import Sampling, dit_velocity, refine
 
 Emit = Callable[[Event], None]
+MOTION_BLOCKS = 3  # decoded together: more would hold more pixels and gain nothing
 
 
 class Journal(Protocol):
@@ -282,7 +283,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             done = window * request.num_inference_steps + step
             report("progress", "motion", segment=window + 1, step=done, total=total)
 
-        latents, block = [], 0
+        latents: list[Tensor] = []
+        block = 0
         windows_of_latents = motion_latents(
             self.transformer, vae, small, told, plan=plan, finished=finished, on_step=on_step
         )
@@ -291,7 +293,12 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 job.save_motion(number, window, range(block, block + window.shape[2]))
             block += window.shape[2]
             latents.append(window)
-        yield from decode_stream(vae, latents)
+
+        def few_at_a_time() -> Iterator[Tensor]:
+            while latents:
+                yield from latents.pop(0).split(MOTION_BLOCKS, dim=2)
+
+        yield from decode_stream(vae, few_at_a_time())
 
     def _segments(
         self, reference: Iterable[Tensor], request: Request, told: Conditions, job: Journal | None, report: Reporter

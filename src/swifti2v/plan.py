@@ -303,10 +303,10 @@ class _Planner:
         return self.positions[1] * self.preset.grid.stage_two.channels * 4 * held
 
     def _motion_decode(self) -> Row:
-        """Stage I's windows to pixels: the whole window's frames stay while Stage II consumes them."""
+        """Stage I's latents to pixels, three blocks at a time: those frames stay while Stage II consumes them."""
         n, small = self.networks, self.positions[0]
-        held = min(self.blocks, self.preset.grid.trained_blocks)
-        frames = self.preset.grid.frames(held) * self.motion_size.area * FRAME_BYTES
+        held = min(self.blocks, 3)
+        frames = self.preset.grid.temporal_stride * held * self.motion_size.area * FRAME_BYTES
         flops = n.vae.decode_flops(small, self.blocks)
         return Row(
             "motion decode",
