@@ -80,7 +80,7 @@ class Memory:
         return list(self.windows)
 
     def stream(self, kind: str) -> Iterator[Tensor]:
-        yield from list(self.done)
+        yield from list(self.windows if kind == "motion" else self.done)
 
     def save_motion(self, number: int, latents: Tensor, blocks: Any) -> None:
         assert number == len(self.windows) and len(blocks) == latents.shape[2]

@@ -264,7 +264,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _decoded_motion(
         self, photo: Tensor, request: Request, told: Conditions, job: Journal | None, report: Reporter
     ) -> Iterator[Tensor]:
-        """Stage I, all of it (its latents are small), then decoded lazily."""
+        """Stage I, all of it, then decoded lazily; the latents wait in the journal if there is one."""
         grid, vae = self.preset.grid, streaming(self.vae)
         small = shrink(photo, grid.motion_size(request.size))
         plan = MotionPlan(
@@ -292,11 +292,12 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             if job is not None and number >= len(finished):
                 job.save_motion(number, window, range(block, block + window.shape[2]))
             block += window.shape[2]
-            latents.append(window)
+            if job is None:
+                latents.append(window)
 
         def few_at_a_time() -> Iterator[Tensor]:
-            while latents:
-                yield from latents.pop(0).split(MOTION_BLOCKS, dim=2)
+            for window in latents if job is None else job.stream("motion"):
+                yield from window.split(MOTION_BLOCKS, dim=2)
 
         yield from decode_stream(vae, few_at_a_time())
 
