@@ -1,7 +1,7 @@
 """Does the memory of ``generate`` stay flat as the clip grows longer?
 
     python benchmarks/memory_vs_length.py --record                       # 41, 81, 161, 321 frames at 1280x704
-    python benchmarks/memory_vs_length.py --steps 1 --steps-2 1          # the same memory in a fraction of the time
+    python benchmarks/memory_vs_length.py --steps 1 --steps-2 1          # less time; less memory than full runs
     python benchmarks/memory_vs_length.py --tiny                         # half a minute
 
 Every length is the real command line in a fresh process. Wanted: from 81 frames on the peaks lie within 10 % of

@@ -5,7 +5,7 @@
 
 For every size: the plan's activation peak beside the peak of live tensors (``meters.LiveBytes``) in a whole run in
 this process, and the plan's size of the process beside the peak RSS of the real command line. Wanted: within 10 %
-and 15 %. One step a stage: memory is the same in every step. The plan uses what ``doctor`` measured on this machine;
+and 15 %. One step a stage. The plan uses what ``doctor`` measured on this machine;
 if it has not run, the same is measured here. tests/test_plan.py holds the same comparison, network by network.
 """
 

@@ -26,7 +26,7 @@ from .memory import Placement
 from .models.causal_vae import decode_stream, encode_stream, streaming
 from .models.text import encode_prompts, truncated_prompt
 from .reference import fit_image, hybrid_reference, shrink
-from .segments import windows
+from .segments import Window, windows
 from .sources import assemble_wan, fingerprint, local_folder, refuse_gaps
 from .stage_one import Conditions, MotionPlan, motion_latents
 from .stage_two import Sampling, dit_velocity, refine
@@ -137,9 +137,9 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         report = Reporter(emit)
         self._check(photo, request)
-        grid, vae = self.preset.grid, streaming(self.vae_2 if self.vae_2 is not None else self.vae)
+        vae = streaming(self.vae_2 if self.vae_2 is not None else self.vae)
         photo = photo.to(self._execution_device, torch.float32)
-        plan = list(windows(grid.blocks(request.num_frames), **_cut(request)))
+        plan = self._windows(request)
         report("started", "run", total=len(plan), message=f"{request.num_frames} frames of {request.size}")
 
         def latents() -> Iterator[Tensor]:
@@ -251,6 +251,10 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         video = self.video_processor.postprocess_video(frames, output_type=output_type)
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
+    def _windows(self, request: Request) -> list[Window]:
+        blocks, csg = self.preset.grid.blocks(request.num_frames), request.csg
+        return list(windows(blocks, segment_blocks=csg.segment_blocks, neighbor_blocks=csg.neighbor_blocks))
+
     def _check(self, photo: Tensor, request: Request) -> None:
         expected = (1, 3, 1, request.height, request.width)
         if tuple(photo.shape) != expected:
@@ -305,7 +309,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self, reference: Iterable[Tensor], request: Request, told: Conditions, job: Journal | None, report: Reporter
     ) -> Iterator[Tensor]:
         """Stage II, saving every segment before it is decoded: a failure in decode loses nothing."""
-        plan = list(windows(self.preset.grid.blocks(request.num_frames), **_cut(request)))
+        plan = self._windows(request)
         steps, held = request.num_inference_steps_2, 0
         levels = flow.sigmas(steps, request.shift_2, start=request.strength_2)
         sampling = Sampling(levels, request.seed, request.csg, sampler=request.sampler_2)
@@ -346,7 +350,3 @@ class Reporter:
     ) -> None:
         if self._emit is not None:
             self._emit(Event(type, phase, segment, step, total, time.monotonic() - self._begin, message))
-
-
-def _cut(request: Request) -> dict[str, int]:
-    return {"segment_blocks": request.csg.segment_blocks, "neighbor_blocks": request.csg.neighbor_blocks}
