@@ -81,3 +81,14 @@ def test_plan_accuracy(script: ModuleType, weights: Path, capsys: pytest.Capture
     row = line_of(script, weights, capsys)["results"]["sizes"][0]
     assert row["size"] == "128x64"
     assert row["live_mb"] > 0 and row["planned_live_mb"] > 0
+
+
+@pytest.mark.parametrize("script", ["prompts"], indirect=True)
+def test_prompts(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line_of(script, weights, capsys)["results"]["hand_written"]["of"] == 9
+
+
+@pytest.mark.parametrize("script", ["prompted_motion"], indirect=True)
+def test_prompted_motion(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = line_of(script, weights, capsys)["results"]
+    assert 0 <= results["right"] <= 2 and results["share"] == results["right"] / 2

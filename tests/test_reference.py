@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from swifti2v.core import RunError, Size
-from swifti2v.reference import fit_image, hybrid_reference, shrink, static_video, zero_video
+from swifti2v.reference import carried_reference, fit_image, hybrid_reference, shrink, static_video, zero_video
 
 sides = st.integers(16, 90)
 quick = settings(max_examples=30, deadline=None)
@@ -140,3 +140,18 @@ def test_static_and_zero_videos(num_frames: int) -> None:
     assert torch.equal(whole[:, :, :1], image) and not whole[:, :, 1:].any()
     with pytest.raises(ValueError, match="num_frames"):
         static_video(image, 0)
+
+
+def test_carried_reference_pairs_what_is_trusted_with_all_of_it() -> None:
+    size = Size(192, 128)
+    generator = torch.Generator().manual_seed(0)
+    world = torch.nn.functional.interpolate(torch.randn(1, 3, 80, 120, generator=generator), (160, 240), mode="bicubic")
+    world = world.clamp(-1, 1)[0]
+    clip = torch.stack([world[:, 8 : 8 + 128, 4 + shift : 4 + shift + 192] for shift in range(0, 18, 2)], dim=1)
+    image, low = clip[None, :, :1], shrink(clip[None], Size(48, 32))
+    plain = torch.cat(list(hybrid_reference(image, [low], size)), dim=2)[0]
+    pairs = [torch.cat(list(carried_reference(image, low.split(cut, dim=2), size)), dim=2) for cut in (9, 2)]
+    assert torch.equal(*pairs) and pairs[0].shape == (2, 3, 9, 128, 192)
+    assert torch.equal(pairs[0][0, :, :1], image[0]) and torch.equal(pairs[0][1, :, :1], image[0])
+    errors = [float((frames - clip)[:, 1:, 8:-8, 8:-24].square().mean()) for frames in (plain, *pairs[0])]
+    assert errors[1] < errors[0] / 2 and errors[2] < errors[0] / 2

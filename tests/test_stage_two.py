@@ -180,3 +180,21 @@ def test_guidance_extrapolates() -> None:
         none = dit_velocity(model, negative, CSG(), trained_blocks=5)(x, 0.5, window, ref)
         both = dit_velocity(model, text, CSG(), trained_blocks=5, guidance_scale=3.0, negative_text=negative)
         torch.testing.assert_close(both(x, 0.5, window, ref), none + 3 * (one - none), atol=1e-5, rtol=1e-4)
+
+
+def test_a_reference_with_more_channels_reaches_the_network_whole() -> None:
+    """The first channels are the reference proper: anchor and starting point; the network sees all of them."""
+    ref, seen = torch.cat([reference(5), 9 * torch.ones(1, 4, 5, 4, 6)], dim=1), []
+
+    def field(x: Tensor, sigma: float, window: Window, given: Tensor) -> Tensor:
+        seen.append((x.shape[1], given))
+        return mixing(x, sigma, window, given[:, :4])
+
+    wide = list(refine(field, [ref], windows(5), sampling(start=0.6), channels=4))
+    plain = list(refine(mixing, [ref[:, :4]], windows(5), sampling(start=0.6)))
+    assert all(torch.equal(a, b) for a, b in zip(wide, plain, strict=True))
+    assert {count for count, _ in seen} == {4} and all(given.shape[1] == 8 for _, given in seen)
+    seen.clear()
+    generated = list(refine(field, [ref], windows(5), sampling(neighbor_reference="generated"), channels=4))
+    last = seen[-1][1]
+    assert torch.equal(last[:, :4, 1], generated[0][:, :, -1]) and torch.equal(last[:, 4:, 1], generated[0][:, :, -1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json as json_text
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -132,7 +133,6 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", show_defau
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 Output = Annotated[str | None, typer.Option(metavar="FILE", help="Where to write the video.", show_default=False)]
-
 Model = Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are now.", show_default=False)]
 
 
@@ -226,6 +226,27 @@ def rerun(
 
         order = prepare_again(Path(file), image=image, output=output, model=model)
         _run(lambda emit: start(order, emit), _mode(json, quiet))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="FILE|DIR", help="A clip, or a folder of clips.")],
+    image: Annotated[str | None, _option(FILE, "The photo, if it is not found.", metavar="PHOTO")] = None,
+    reference: Annotated[str | None, _option(FILE, "A clip that it should look like.", metavar="CLIP")] = None,
+    json: Annotated[str | None, _option(FILE, "Write every number here.", metavar="OUT.json")] = None,
+    picture: Annotated[str | None, _option(FILE, "Draw frames and curves here.", metavar="OUT.png")] = None,
+    segment_frames: Annotated[int | None, _option(FILE, "Frames a segment, if the file does not say.")] = None,
+    overwrite: Annotated[bool, _option(FILE, "Replace files that exist.", "--overwrite")] = False,
+    debug: Debug = False,
+) -> None:
+    """How good is a clip? First frame, drift, flicker, seams, camera."""
+    with reported(debug):
+        from .evaluate.command import Asked, run
+        from .progress import view
+
+        with view("auto") as emit:
+            rows = run(Asked(target, image, reference, json, picture, segment_frames, overwrite), emit)
+        _print_rows(["measure", "value", ""], rows, as_json=False)
 
 
 @models.command("list")
@@ -351,9 +372,7 @@ def _print_plan(plan: Any, as_json: bool, notices: Sequence[str]) -> None:
 
 def _print_record(record: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        import json
-
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        print(json_text.dumps(record, indent=2, ensure_ascii=False))
         return
     _print_rows(["", ""], [[key, str(value)] for key, value in _flat(record)], as_json=False)
 
@@ -369,9 +388,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _print_rows(titles: list[str], rows: Sequence[Sequence[str]], *, as_json: bool) -> None:
     """A table for people, or JSON objects by title."""
     if as_json:
-        import json
-
-        print(json.dumps([dict(zip(titles, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
+        print(json_text.dumps([dict(zip(titles, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
         return
     from rich.console import Console
     from rich.table import Table

@@ -260,6 +260,10 @@ class Networks:
         shared = self.vae == self.vae_2
         return sum(part.parameters for part in parts) + (0 if shared else self.vae_2.parameters)
 
+    def weight_bytes(self, itemsize: int) -> int:
+        """Parameters of ``itemsize`` bytes, and what nano's VAE holds beside them."""
+        return self.parameters * itemsize + (self.vae.buffer_bytes if isinstance(self.vae, NanoVAECost) else 0)
+
 
 WAN = Networks(UMT5_XXL, WAN21_I2V_14B, SWIFTI2V_5B, WAN21_VAE, WAN22_VAE, CLIP_H)
 WAN_REFINE = Networks(UMT5_XXL, WAN21_I2V_14B, WAN22_TI2V_5B, WAN21_VAE, WAN22_VAE, CLIP_H)

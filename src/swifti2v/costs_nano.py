@@ -33,6 +33,7 @@ class MobileDiTCost:
     text_tokens: int
     motion: bool
     positions: bool
+    prediction: str = "velocity"
     dense: bool = False
 
     POSITION_FEATURES = 39
@@ -56,17 +57,23 @@ class MobileDiTCost:
             text_tokens=text_tokens if config["cross_attention_dim"] else 0,
             motion=config["motion_embedding"],
             positions=config["absolute_positions"],
+            prediction=config["prediction"],
         )
 
     @property
     def layers(self) -> int:
         return self.linear_layers + self.softmax_layers
 
+    @property
+    def predicted_channels(self) -> int:
+        """Channels that leave the network: a gated one says for every output also how far to go to the carried."""
+        return (2 if self.prediction == "gated" else 1) * self.out_channels
+
     def flops(self, blocks: int, tokens: int) -> int:
         """One forward over ``blocks`` x ``tokens`` tokens."""
         d, n, text = self.width, blocks * tokens, self.text_tokens
         head = d // self.heads
-        ends = n * d * self.patch * (self.in_channels + self.reference_channels + self.out_channels)
+        ends = n * d * self.patch * (self.in_channels + self.reference_channels + self.predicted_channels)
         ends += n * self.POSITION_FEATURES * d if self.positions else 0
         times = (blocks + int(self.motion)) * (TIMESTEP_FEATURES * d + 7 * d * d)
         texts = text * (self.text_dim * d + d * d) + self.text_dim * d
@@ -84,7 +91,7 @@ class MobileDiTCost:
     @property
     def parameters(self) -> int:
         d, p = self.width, self.patch
-        ends = (self.in_channels + self.reference_channels) * p * d + d + (d + 1) * self.out_channels * p + 2 * d
+        ends = (self.in_channels + self.reference_channels) * p * d + d + (d + 1) * self.predicted_channels * p + 2 * d
         ends += (self.POSITION_FEATURES + 1) * d if self.positions else 0
         embed = TIMESTEP_FEATURES * d + d + d * d + d + 6 * (d * d + d)
         layer = 4 * d * d + d + 6 * d + 3 * d * self.ffn + 2 * self.ffn + 18 * self.ffn + 2 * self.ffn
@@ -94,10 +101,23 @@ class MobileDiTCost:
         return ends + embed * (1 + int(self.motion)) + texts + self.layers * layer + extra
 
     def activation_bytes(self, blocks: int, tokens: int, itemsize: int) -> int:
-        """Peak of a forward, its inputs not counted: in the gated convolution or, if that is thin, in attention."""
+        """Peak of a forward, its inputs not counted: in the gated convolution, if that is thin in attention, or at the
+        end, where prediction and reference meet in float32."""
         d, n = self.width, blocks * tokens
-        per_token = max(5 * self.ffn + 4 * d, 11 * d) + 2 * d // self.heads
-        return itemsize * (n * per_token + self.text_tokens * d)
+        per_token = itemsize * max(5 * self.ffn + 4 * d, 11 * d)
+        return n * (max(per_token, self._end_bytes(itemsize)) + itemsize * 2 * d // self.heads) + (
+            itemsize * self.text_tokens * d
+        )
+
+    def _end_bytes(self, itemsize: int) -> int:
+        """A token: what leaves the network, float32 copies of it, the reference and the input, and their sums."""
+        out, predicted, reference = (
+            self.patch * c for c in (self.out_channels, self.predicted_channels, self.reference_channels)
+        )
+        if self.prediction == "velocity":
+            return 2 * itemsize * predicted
+        copies = 0 if itemsize == 4 else 4 * (predicted + reference + out)
+        return itemsize * predicted + copies + 4 * out * (3 if self.prediction == "gated" else 1)
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ class NanoVAECost:
         cell = self.PIXELS // self.CELLS
         if frames == 1:
             return cell, cell, self.image_width, self.image_layers
-        return (frames + 1) * cell, frames * cell, self.video_width, self.video_layers
+        return 2 * frames * cell, frames * cell, self.video_width, self.video_layers
 
     def _refine_weights(self, frames: int) -> int:
         seen, out, width, layers = self._refiner(frames)
@@ -157,29 +177,31 @@ class NanoVAECost:
         return positions * 4 * (2 * self.GROUP * self.PIXELS + 2 * self.latent_channels)
 
     def decode_bytes(self, positions: int, blocks: int, itemsize: int) -> int:
-        """Peak while a chunk of ``blocks`` is decoded, one as long before it still in the consumer's hands.
+        """Peak while a chunk of ``blocks`` is decoded.
 
-        Counted in float32 frames: the linear decoding, its cells and those with the last frame (13), then
-        either the residual, unfolded and summed, or the refiner's three maps; and the frames done so far.
-        At the end the chunk's frames are joined, which holds them twice.
+        Counted in groups of float32 frames: the linear decoding, the moved picture, and its patches on their way back
+        from its own latents (4); or the sum so far beside what the refiner sees and its maps. To that the frames done
+        so far. At the end the chunk's frames are joined, which holds them twice. Registration, at a sixteenth of the
+        pixels, is never the peak.
         """
-        frame, maps = 4 * self.PIXELS, 3 * self.CELLS * self.video_width * itemsize
-        residual = (2 * self.GROUP + itemsize) * frame
-        refining = 13 * frame + max(residual, maps) + (self.GROUP * (blocks - 1) + 1) * frame
-        joining = (2 * self.GROUP * blocks + 1) * frame
-        return self.decode_state(positions, itemsize) + positions * (
-            self.GROUP * blocks * frame + max(refining, joining) + 4 * blocks * self.latent_channels
+        group, refiner_map = 4 * self.GROUP * self.PIXELS, self.CELLS * self.video_width * itemsize
+        residual = group * itemsize // 4
+        maps = max(4 * refiner_map, refiner_map + 2 * residual, 2 * group)
+        refining = max(4 * group, group + 2 * residual + maps) + (blocks - 1) * group
+        return 2 * self.decode_state(positions, itemsize) + positions * (
+            max(refining, 2 * blocks * group) + 4 * blocks * self.latent_channels
         )
 
     def encode_state(self, positions: int, itemsize: int) -> int:
         return 0
 
     def decode_state(self, positions: int, itemsize: int) -> int:
-        """The last frame."""
-        return positions * 4 * self.PIXELS
+        """The trail of the picture, not itself: a pyramid and a flow, at a sixteenth of the pixels."""
+        return positions * 4 * self.CELLS * (4 + 2)
 
     def _decode(self, frames: int) -> int:
         _, _, width, _ = self._refiner(frames)
         inject = self.latent_channels * width * self.CELLS
         convolutions = self.CELLS * (self._refine_weights(frames) - inject)
-        return 2 * (self.latent_channels * self.PIXELS * frames + inject + convolutions)
+        products = 1 if frames == 1 else 3  # what is carried is encoded and decoded to see what the latents know of it
+        return 2 * (products * self.latent_channels * self.PIXELS * frames + inject + convolutions)

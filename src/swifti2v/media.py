@@ -164,23 +164,24 @@ class _Job:
 def _write_fragments(file: io.FileIO, chunks: Iterable[Tensor], job: _Job) -> int:
     count, extradata = 0, b""
     shape: tuple[int, ...] | None = None
-    for index, chunk in enumerate(chunk for chunk in chunks if chunk.numel()):
+    for chunk in filter(torch.numel, chunks):
         _check_chunk(chunk, shape, count)
         shape = tuple(chunk.shape[-2:])
         try:
             fragment = _encode(chunk, job, count)
         except av.FFmpegError as error:
             raise RunError(f"{job.encoding.codec} cannot encode frame {count}: {error.strerror or error}") from None
-        if index and fragment.extradata != extradata:
+        if count and fragment.extradata != extradata:
             raise RunError("the encoder changed its parameters between chunks; one file cannot hold both")
         extradata = fragment.extradata
-        if index == 0:  # only now may the remainder of an earlier, killed run go
+        if count == 0:  # only now may the remainder of an earlier, killed run go
             file.truncate(0)
         try:
-            _append(file, b"" if index else fragment.init, fragment.body)
+            _append(file, b"" if count else fragment.init, fragment.body)
         except OSError as error:
             raise RunError(f"cannot write {part_path(job.target)}: {error.strerror}; it holds {count} frames") from None
         count += chunk.shape[2]
+        del chunk  # large, and the next is about to be made
     return count
 
 

@@ -5,10 +5,12 @@ photo, request -> text -> Stage I motion -> hybrid reference -> CSG segments -> 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,15 +25,16 @@ from .camera import Motion
 from .core import Chunk, Event, Request, RunError
 from .images import read_image
 from .memory import Placement
-from .models.causal_vae import decode_stream, encode_stream, streaming
+from .models.causal_vae import decode_stream, encode_pairs, encode_stream, streaming
 from .models.text import encode_prompts, truncated_prompt
-from .reference import fit_image, hybrid_reference, shrink
+from .reference import carried_reference, fit_image, hybrid_reference, shrink
 from .segments import Window, windows
 from .sources import assemble_wan, fingerprint, local_folder, refuse_gaps
 from .stage_one import Conditions, MotionPlan, motion_latents
 from .stage_two import Sampling, dit_velocity, refine
 
 Emit = Callable[[Event], None]
+Method = TypeVar("Method", bound=Callable[..., Any])
 MOTION_BLOCKS = 3  # decoded together: more would hold more pixels and gain nothing
 
 
@@ -42,6 +45,23 @@ class Journal(Protocol):
     def save_motion(self, number: int, latents: Tensor, blocks: Sequence[int]) -> None: ...
     def stream(self, kind: Any) -> Iterator[Tensor]: ...
     def save_segment(self, number: int, latents: Tensor, blocks: Sequence[int]) -> None: ...
+
+
+def without_gradients(generate: Method) -> Method:
+    """``torch.no_grad`` for a method that generates large things: torch's own holds the last while the next is made."""
+
+    @functools.wraps(generate)
+    def generator(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with contextlib.closing(generate(*args, **kwargs)) as things:
+            while True:
+                with torch.no_grad():
+                    thing = next(things, None)
+                if thing is None:
+                    return
+                yield thing
+                del thing
+
+    return cast(Method, generator)
 
 
 class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -116,7 +136,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """``model_hashes``, ``versions`` and ``settings``: with these and the request, latents repeat exactly."""
         return fingerprint(self.sources, self.placement)
 
-    @torch.no_grad()
+    @without_gradients
     def stream(
         self,
         photo: Tensor,
@@ -146,20 +166,24 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             yield next(iter(encode_stream(vae, [photo])))
             told = conditions or self.encode(photo, request, report)
             low = motion if motion is not None else self._decoded_motion(photo, request, told, job, report)
-            reference = encode_stream(vae, hybrid_reference(photo, low, request.size))
+            if self.preset.carries_detail:
+                reference = encode_pairs(vae, carried_reference(photo, low, request.size))
+            else:
+                reference = encode_stream(vae, hybrid_reference(photo, low, request.size))
             if request.encode == "ahead":
                 reference = iter(list(reference))
             yield from self._segments(reference, request, told, job, report)
 
-        start = 0
-        for number, pixels in enumerate(decode_stream(vae, latents())):
+        start = number = 0
+        for pixels in decode_stream(vae, latents(), photo):  # not enumerate, which keeps the last while making the next
             if number == 0 and request.exact_first_frame:
                 pixels = photo
             yield Chunk(pixels, start, number, len(plan))
-            start += pixels.shape[2]
+            start, number = start + pixels.shape[2], number + 1
+            del pixels
         report("completed", "run", len(plan), len(plan), len(plan))
 
-    @torch.no_grad()
+    @without_gradients
     def motion(
         self, photo: Tensor, request: Request, *, job: Journal | None = None, emit: Emit | None = None
     ) -> Iterator[Tensor]:
@@ -303,7 +327,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             for window in latents if job is None else job.stream("motion"):
                 yield from window.split(MOTION_BLOCKS, dim=2)
 
-        yield from decode_stream(vae, few_at_a_time())
+        yield from decode_stream(vae, few_at_a_time(), small)
 
     def _segments(
         self, reference: Iterable[Tensor], request: Request, told: Conditions, job: Journal | None, report: Reporter
@@ -331,7 +355,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         def on_step(number: int, step: int) -> None:
             report("progress", "refine", segment=number + 1, step=number * steps + step, total=len(plan) * steps)
 
-        segments = refine(velocity, reference, plan, sampling, finished=finished(), on_step=on_step)
+        channels = self.preset.grid.stage_two.channels
+        segments = refine(velocity, reference, plan, sampling, channels=channels, finished=finished(), on_step=on_step)
         for number, segment in enumerate(segments):
             if job is not None and number >= held:
                 job.save_segment(number, segment, plan[number].segment)

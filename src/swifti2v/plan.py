@@ -48,6 +48,8 @@ class Planned(Protocol):
     def prompt_tokens(self) -> int: ...
     @property
     def overlap_blocks(self) -> int: ...
+    @property
+    def carries_detail(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,7 @@ class Plan:
 
 
 def plan(
-    request: Request,
-    preset: Planned,
-    calibration: Calibration | None = None,
-    *,
-    networks: Networks | None = None,
+    request: Request, preset: Planned, calibration: Calibration | None = None, *, networks: Networks | None = None
 ) -> Plan:
     """The cost of ``request`` with ``preset``.
 
@@ -167,8 +165,18 @@ class _Planner:
         return self.calibration.itemsize if self.nano else 2
 
     @property
+    def clips(self) -> int:
+        """How many clips the reference is: two where the photo's detail is carried along (``encode_pairs``)."""
+        return 2 if self.preset.carries_detail else 1
+
+    @property
     def blocks(self) -> int:
         return self.preset.grid.blocks(self.request.num_frames)
+
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks decoded, and written, together."""
+        return min(self.request.csg.segment_blocks, self.blocks - 1)
 
     @cached_property
     def motion_size(self) -> Size:
@@ -182,14 +190,9 @@ class _Planner:
 
     @cached_property
     def stage_one_windows(self) -> list[Window]:
-        grid = self.preset.grid
+        trained, overlap = self.preset.grid.trained_blocks, self.preset.overlap_blocks
         return list(
-            motion_windows(
-                self.blocks,
-                trained_blocks=grid.trained_blocks,
-                overlap_blocks=self.preset.overlap_blocks,
-                generates_anchor=not self.nano,
-            )
+            motion_windows(self.blocks, trained_blocks=trained, overlap_blocks=overlap, generates_anchor=not self.nano)
         )
 
     @cached_property
@@ -211,7 +214,7 @@ class _Planner:
         photo = self.request.size.area * FRAME_BYTES
         resident = sum(row.resident_bytes for row in rows)
         peak = photo + max(row.activation_bytes + resident - row.resident_bytes for row in rows)
-        weights = self.networks.parameters * self.itemsize
+        weights = self.networks.weight_bytes(self.itemsize)
         file_bytes = int(self.request.size.area * self.request.num_frames * FILE_BITS_PER_PIXEL / 8)
         return Plan(
             preset=self.preset.name,
@@ -264,12 +267,7 @@ class _Planner:
         return self._denoising("refine", self.networks.stage_two, self.stage_two_windows, tokens, (steps, scale))
 
     def _denoising(
-        self,
-        phase: Literal["motion", "refine"],
-        network: costs.DiTCost,
-        cut: list[Window],
-        tokens: int,
-        steps_and_scale: tuple[int, float],
+        self, phase: Phase, network: costs.DiTCost, cut: list[Window], tokens: int, steps_and_scale: tuple[int, float]
     ) -> Row:
         steps, scale = steps_and_scale
         passes = steps * (2 if scale > 1 else 1)
@@ -292,14 +290,15 @@ class _Planner:
             seconds=self._seconds(flops, traffic),
         )
 
-    def _latent_bytes(self, phase: str, longest: int) -> int:
-        """Float32 latents around a window: references in the buffer, outputs, the window's own and the decoder's."""
+    def _latent_bytes(self, phase: Phase, longest: int) -> int:
+        """Float32 latents around a window: references in its buffer and gathered, what denoising starts from, the
+        anchor (all views of ``clips`` clips); a segment before, now, in the decoder and scaled there, a neighbor."""
         if phase == "motion":
             return self.positions[0] * self.preset.grid.stage_one.channels * 4 * 2 * self.blocks
         csg = self.request.csg
-        held = 2 * longest + 5 * csg.segment_blocks + 2
+        held = self.clips * (2 * longest + csg.segment_blocks + 1) + 4 * csg.segment_blocks + 1
         if self.request.encode == "ahead":
-            held += self.blocks
+            held += self.clips * self.blocks
         return self.positions[1] * self.preset.grid.stage_two.channels * 4 * held
 
     def _motion_decode(self) -> Row:
@@ -320,38 +319,38 @@ class _Planner:
 
     def _reference(self) -> Row:
         n, large = self.networks, self.positions[1]
-        flops = n.vae_2.encode_flops(large, self.blocks)
-        pixels = self.request.size.area * self.request.num_frames
+        flops = self.clips * n.vae_2.encode_flops(large, self.blocks)
+        pixels = self.clips * self.request.size.area * FRAME_BYTES
+        trail = n.vae.decode_state(self.positions[0], self.itemsize) if self.preset.carries_detail else 0
         return Row(
             "reference",
-            forwards=self.blocks,
+            forwards=self.clips * self.blocks,
             flops=flops,
             weight_bytes=n.vae_2.parameters * self.itemsize,
-            activation_bytes=n.vae_2.encode_bytes(large, 1, self.itemsize),
-            resident_bytes=n.vae_2.encode_state(large, self.itemsize),
-            seconds=self._seconds(flops, 10 * pixels * FRAME_BYTES),
+            activation_bytes=self.clips * n.vae_2.encode_bytes(large, 1, self.itemsize) + trail,
+            resident_bytes=n.vae_2.encode_state(large, self.itemsize) + trail,
+            seconds=self._seconds(flops, 10 * pixels * self.request.num_frames),
         )
 
     def _decode(self) -> Row:
-        n, large, chunk = self.networks, self.positions[1], min(self.request.csg.segment_blocks, self.blocks - 1)
+        n, large = self.networks, self.positions[1]
         flops = n.vae_2.decode_flops(large, self.blocks)
-        pixels = chunk * self.preset.grid.temporal_stride * self.request.size.area * FRAME_BYTES
         return Row(
             "decode",
             forwards=self.blocks,
             flops=flops,
             weight_bytes=n.vae_2.parameters * self.itemsize,
-            activation_bytes=n.vae_2.decode_bytes(large, chunk, self.itemsize),
-            resident_bytes=n.vae_2.decode_state(large, self.itemsize) + pixels,
+            activation_bytes=n.vae_2.decode_bytes(large, self.chunk_blocks, self.itemsize),
+            resident_bytes=n.vae_2.decode_state(large, self.itemsize),
             seconds=self._seconds(flops, decoded=self.request.size),
         )
 
     def _write(self) -> Row:
-        pixels = self.request.size.area * self.request.num_frames
+        area, chunk = self.request.size.area, self.chunk_blocks * self.preset.grid.temporal_stride
         return Row(
             "write",
-            activation_bytes=self.request.size.area * ENCODER_BYTES_PER_PIXEL,
-            seconds=pixels / self.calibration.encode_pixels if self.nano else None,
+            activation_bytes=area * (ENCODER_BYTES_PER_PIXEL + chunk * FRAME_BYTES),
+            seconds=area * self.request.num_frames / self.calibration.encode_pixels if self.nano else None,
         )
 
     def _job_bytes(self) -> int:

@@ -24,6 +24,7 @@ class Preset:
     """``stage_one`` and ``stage_two``: a folder in this package (nano), or hub repositories in diffusers layout.
 
     ``overlap_blocks``: finished blocks that a Stage I continuation keeps at least (docs/decisions/0003).
+    ``carries_detail``: the reference takes the photo's detail along the motion (``reference.hybrid_reference``).
     ``defaults``: fields of ``Request`` that differ from its own defaults.
     """
 
@@ -36,6 +37,7 @@ class Preset:
     prompt_tokens: int = 512
     overlap_blocks: int = 5
     fps: float = 15.0
+    carries_detail: bool = False
     hidden: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -55,7 +57,7 @@ WAN_STAGE_ONE = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
 WAN_STAGE_TWO = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 _WAN_ONE = Lattice(stride=8, patch=2, channels=16)
 _WAN_TWO = Lattice(stride=16, patch=2, channels=48)
-_NANO = Lattice(stride=16, patch=2, channels=48, pads=True)
+_NANO = Lattice(stride=16, patch=2, channels=96, pads=True)
 _TINY_WAN_ONE = Lattice(stride=8, patch=2, channels=16)
 _TINY_WAN_TWO = Lattice(stride=16, patch=2, channels=4)
 _REFINE = {
@@ -71,7 +73,8 @@ PRESETS: dict[str, Preset] = {
             name="nano",
             family="nano",
             title="small models trained by this project, shipped in the package; run on a CPU",
-            grid=Grid(stage_one=_NANO, stage_two=_NANO, scale=2),  # docs/decisions/0007
+            grid=Grid(stage_one=_NANO, stage_two=_NANO),
+            carries_detail=True,  # docs/decisions/0008
             stage_one="nano",
             stage_two="nano",
             prompt_tokens=128,
@@ -103,6 +106,7 @@ PRESETS: dict[str, Preset] = {
             stage_two="",
             prompt_tokens=16,
             overlap_blocks=2,
+            carries_detail=True,
             hidden=True,
             defaults={"num_inference_steps": 2, "num_inference_steps_2": 2},
         ),

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from . import media, presets
 from .checkpoints import sha256
-from .core import Event, RunError, UsageError
+from .core import Chunk, Event, RunError, UsageError
 from .journal import Job, Manifest
 from .order import Order, check_recorded, location, split_lora
 from .origin import Origin, record_of
@@ -159,7 +159,7 @@ def _video(pipe: SwiftI2VPipeline, job: Job, clock: _Clock) -> Path:
         target = media.unique_path(target)
     low = _motion_pixels(pipe, manifest)
     stream = pipe.stream(job.photo(), request, job=job, motion=low, emit=clock.forward)
-    frames = (chunk.frames for chunk in stream)
+    frames = _frames(stream)
     if target.suffix.lower() not in VIDEO_SUFFIXES:
         media.write_png_sequence(target, frames)
         return target
@@ -169,6 +169,13 @@ def _video(pipe: SwiftI2VPipeline, job: Job, clock: _Clock) -> Path:
         target, frames, fps=request.fps, codec=encoding, metadata=tags, expected_frames=request.num_frames
     )
     return target
+
+
+def _frames(chunks: Iterator[Chunk]) -> Iterator[Tensor]:
+    """The pixels alone; a chunk is let go before the next is made."""
+    for chunk in chunks:
+        yield chunk.frames
+        del chunk
 
 
 def _preview(pipe: SwiftI2VPipeline, job: Job, clock: _Clock) -> Path:

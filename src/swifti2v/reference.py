@@ -6,13 +6,15 @@ All resampling is antialiased bicubic (a = -0.5, as Pillow), the same filter dow
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import carry
 from .core import RunError, Size
 
 STRIP_ROWS = 512  # float rows of a large photo held at once
@@ -69,22 +71,58 @@ def hybrid_reference(image: Tensor, motion: Iterable[Tensor], size: Size) -> Ite
     the image, then at most four frames at a time; the frames do not depend on how ``motion`` is cut. The
     motion's own frame 0 is dropped. Raises ``RunError`` if the motion has no frame.
     """
+    return _hybrid(image, motion, size, lambda frame: resize(frame, size))
+
+
+def carried_reference(image: Tensor, motion: Iterable[Tensor], size: Size) -> Iterator[Tensor]:
+    """The hybrid reference with the photo's detail moved along the motion (``carry``, docs/decisions/0008).
+
+    As ``hybrid_reference``, but every chunk is a pair (2, 3, t, H, W): first the detail added where the motion agrees
+    with it, then added everywhere, for a network to choose from.
+    """
+    return _hybrid(image, motion, size, _Carrier(image, size), pairs=True)
+
+
+def _hybrid(
+    image: Tensor, motion: Iterable[Tensor], size: Size, enlarge: Callable[[Tensor], Tensor], pairs: bool = False
+) -> Iterator[Tensor]:
     if tuple(image.shape) != (1, 3, 1, size.height, size.width):
         raise ValueError(f"image has shape {tuple(image.shape)}, not (1, 3, 1, {size.height}, {size.width})")
+    join = partial(torch.stack, dim=2) if pairs else _clip_of
     seen = 0
     for chunk in motion:
         if chunk.ndim != 5 or chunk.shape[:2] != (1, 3):
             raise ValueError(f"motion chunk has shape {tuple(chunk.shape)}, not (1, 3, t, h, w)")
         frames = list(chunk[0].unbind(1))
         if frames and seen == 0:
-            yield image
+            yield image.expand(2, -1, -1, -1, -1) if pairs else image
             frames = frames[1:]
         seen += chunk.shape[2]
         for start in range(0, len(frames), GROUP):
             # Frame by frame, so that no kernel can make a frame depend on its companions.
-            yield torch.stack([resize(frame, size) for frame in frames[start : start + GROUP]], dim=1)[None]
+            # Nothing of it bears a name, so that nothing is held while the consumer works.
+            yield join([enlarge(frame) for frame in frames[start : start + GROUP]])
     if seen == 0:
         raise RunError("the motion video has no frames; Stage I wrote nothing")
+
+
+def _clip_of(frames: list[Tensor]) -> Tensor:
+    return torch.stack(frames, dim=1)[None]
+
+
+class _Carrier:
+    """Enlarges the frames (3, h, w) of one clip in turn, to (2, 3, H, W), following the photo's pixels from each to the
+    next."""
+
+    def __init__(self, image: Tensor, size: Size) -> None:
+        self.picture, self.size = image[:, :, 0].float(), size
+        self.trail: carry.Trail | None = None
+
+    def __call__(self, frame: Tensor) -> Tensor:
+        small = frame[None].float()
+        trail = self.trail if self.trail is not None else carry.start(self.picture, (small.shape[2], small.shape[3]))
+        self.trail = carry.follow(trail, small)
+        return torch.cat(carry.detailed(resize(frame, self.size)[None], small, self.trail)).clamp_(-1, 1)
 
 
 def static_video(image: Tensor, num_frames: int) -> Iterator[Tensor]:

@@ -41,6 +41,7 @@ def refine(
     windows: Iterable[Window],
     sampling: Sampling,
     *,
+    channels: int | None = None,
     initial: Iterable[Tensor] | None = None,
     finished: Iterable[Tensor] = (),
     on_step: Callable[[int, int], None] | None = None,
@@ -49,6 +50,7 @@ def refine(
 
     ``reference``: latents (b, c, t, h, w) of the hybrid reference in any chunking, pulled as windows need
     them and dropped after; its block 0 is the anchor (E(hybrid)[0] is E(image), bit for bit).
+    ``channels``: of a latent, if the reference has more: the carried photo's, behind its own.
     ``initial``: the latents a segment starts from when ``levels[0]`` is below 1 (SDEdit); the reference if
     not given. ``finished``: segments a journal already holds: yielded first, not denoised again.
     ``on_step(window number, step)`` after every denoising step. Memory is bounded by the window.
@@ -60,12 +62,13 @@ def refine(
     held = iter(finished)
     for number, window in enumerate(plan):
         if window.anchor is not None and 0 not in outputs:
-            outputs[0] = references.gather((0,))
+            outputs[0] = references.gather((0,))[:, :channels]
         kept = next(held, None)
         if kept is not None:
             segment = kept.float()
         else:
-            x = _Segment(window, sampling, outputs, references.gather(window.blocks), starts.gather(window.segment))
+            start = starts.gather(window.segment)[:, :channels]
+            x = _Segment(window, sampling, outputs, references.gather(window.blocks), start)
             segment = x.denoise(velocity, None if on_step is None else _bind(on_step, number))
             if not bool(torch.isfinite(segment).all()):
                 raise RunError(f"segment {number + 1} is not finite (NaN or infinity); try --dtype float32")
@@ -193,7 +196,10 @@ class _Segment:
         self.context = [outputs[block] for block in window.context]
         if sampling.csg.neighbor_reference == "generated" and self.context:
             first = 0 if window.anchor is None else 1
-            parts = [reference[:, :, :first], *self.context[first:], reference[:, :, len(self.context) :]]
+            generated = [
+                block.repeat(1, reference.shape[1] // block.shape[1], 1, 1, 1) for block in self.context[first:]
+            ]
+            parts = [reference[:, :, :first], *generated, reference[:, :, len(self.context) :]]
             self.reference = torch.cat(parts, dim=2)
 
     def denoise(self, velocity: Velocity, on_step: Callable[[int], None] | None) -> Tensor:

@@ -83,22 +83,25 @@ def wan_base_dit() -> WanTransformer3DModel:
 
 
 def _nano() -> dict[str, Any]:
+    vae = _nano_vae()
     common: dict[str, Any] = {
-        "in_channels": 48,
-        "out_channels": 48,
+        "in_channels": vae.latent_channels,
+        "out_channels": vae.latent_channels,
         "hidden_size": 48,
         "num_attention_heads": 2,
         "attention_pattern": ("linear", "linear"),
         "patch_size": 2,
-        "reference_channels": 48,
+        "reference_channels": vae.latent_channels,
         "prediction": "residual",
         "motion_embedding": False,
     }
     components = {
         "transformer": MobileTransformer3DModel(cross_attention_dim=TEXT_DIM, absolute_positions=True, **common),
-        "transformer_2": MobileTransformer3DModel(**common),
+        "transformer_2": MobileTransformer3DModel(
+            **{**common, "reference_channels": 2 * vae.latent_channels, "prediction": "gated"}
+        ),
         "camera": CameraHead(TEXT_DIM),
-        "vae": _nano_vae(),
+        "vae": vae,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
         **_text(),
     }

@@ -54,10 +54,10 @@ class VideoInfo:
 
 def probe(path: str | Path) -> VideoInfo:
     """Facts of a video file, from its packets and first frame. Bad files are refused with ``UsageError``."""
-    with _opened(path) as container:
+    with opened(path) as container:
         stream = container.streams.video[0]
         frames = sum(1 for packet in container.demux(stream) if packet.size)
-    with _opened(path) as container:
+    with opened(path) as container:
         stream = container.streams.video[0]
         first = next(container.decode(stream), None)
         if first is None:
@@ -84,7 +84,7 @@ def probe(path: str | Path) -> VideoInfo:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The container's own tags (``comment`` holds the request of a video made here)."""
-    with _opened(path) as container:
+    with opened(path) as container:
         return dict(container.metadata)
 
 
@@ -103,15 +103,15 @@ def read_video(path: str | Path, size: Size | None = None) -> Iterator[Tensor]:
 
 
 def _frames(path: str | Path, size: Size | None) -> Iterator[Tensor]:
-    with _opened(path) as container:
+    with opened(path) as container:
         for frame in container.decode(container.streams.video[0]):
-            pixels = torch.rot90(_rgb(frame), frame.rotation // 90 % 4, dims=(1, 2))
+            pixels = torch.rot90(to_rgb(frame), frame.rotation // 90 % 4, dims=(1, 2))
             if size is not None and pixels.shape[-2:] != (size.height, size.width):
                 pixels = fit_pixels(pixels, size)
             yield pixels[None, :, None].contiguous()
 
 
-def _rgb(frame: av.VideoFrame) -> Tensor:
+def to_rgb(frame: av.VideoFrame) -> Tensor:
     """(3, h, w) float32 in [-1, 1]. Untagged video is taken for BT.709 from 720 lines on, else for BT.601."""
     matrix = int(frame.colorspace)
     if not knows_matrix(matrix):
@@ -138,7 +138,7 @@ def _rgb(frame: av.VideoFrame) -> Tensor:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def opened(path: str | Path) -> Iterator[Any]:
     """The container of a local video file; every way in which it is not one is a ``UsageError``."""
     checked = check_file(path, "video")
     try:

@@ -20,11 +20,9 @@ from swifti2v.models.mobile_dit import (
     linear_attention_dense,
     linear_attention_heads,
     rms_norm,
-    rope_axes,
-    rope_tables,
-    rotate,
     softmax_attention,
 )
+from swifti2v.models.positions import rope_axes, rope_tables, rotate
 
 TINY: dict[str, Any] = {
     "in_channels": 4,
@@ -211,6 +209,19 @@ def test_untrained_residual_network_points_exactly_to_its_reference() -> None:
     torch.testing.assert_close(denoised, call["reference_hidden_states"], atol=1e-5, rtol=1e-5)
     half = model.to(torch.bfloat16)(**call).sample  # float32 latents keep it exact under bfloat16 weights
     assert torch.equal(half, expected)
+
+
+def test_a_gated_network_goes_from_one_reference_to_the_other() -> None:
+    model = build(NANO, random_output=False, prediction="gated", reference_channels=8)
+    call = inputs(model)
+    assert call["reference_hidden_states"].shape[1] == 8
+    call["timestep"] = torch.full_like(call["timestep"], 1000.0)
+    first, second = call["reference_hidden_states"].chunk(2, dim=1)
+    torch.testing.assert_close(call["hidden_states"] - model(**call).sample, first, atol=1e-5, rtol=1e-5)
+    model.proj_out.bias.data.unflatten(0, (8, -1))[4:] = 1.0  # the gate, open
+    torch.testing.assert_close(call["hidden_states"] - model(**call).sample, second, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="gated prediction needs 8 reference channels, not 4"):
+        build(NANO, prediction="gated")
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (3, 5), (4, 7), (5, 4)])

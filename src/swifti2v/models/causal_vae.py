@@ -29,7 +29,8 @@ class StreamingVAE(Protocol):
     ``encode_chunk`` takes one frame at the start of a stream, then multiples of ``temporal_stride``, and gives
     raw latents (the posterior's mode); ``decode_chunk`` takes any number of raw latent blocks and gives pixels,
     not yet clamped, which the caller may overwrite. Both see to their own dtype. A state may be passed on only once:
-    a call consumes the state that it is given.
+    a call consumes the state that it is given. ``decoder_state`` begins a stream whose frame 0 is known to show a photo
+    (b, 3, 1, h, w); None for a VAE that has no use for knowing.
     ``latents_mean`` and ``latents_std`` are (c,), float32.
     """
 
@@ -42,6 +43,8 @@ class StreamingVAE(Protocol):
     def encode_chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]: ...
 
     def decode_chunk(self, z: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+    def decoder_state(self, photo: Tensor) -> Any: ...
 
 
 @dataclass
@@ -120,6 +123,10 @@ class WanStreamingVAE:
         state.first = False
         return unpatchify(x, self.vae.config.patch_size or 1), state
 
+    def decoder_state(self, photo: Tensor) -> None:
+        """Nothing: Wan's decoder has no use for the photo."""
+        return None
+
 
 def streaming(vae: Any) -> StreamingVAE:
     """``vae`` as a ``StreamingVAE``: itself if it already streams, else the adapter of a Wan VAE."""
@@ -166,14 +173,25 @@ def encode_stream(
         )
 
 
+def encode_pairs(
+    vae: StreamingVAE, pairs: Iterable[Float[Tensor, "2 3 t h w"]]
+) -> Iterator[Float[Tensor, "1 c k h2 w2"]]:
+    """Two clips at once, as a batch of two: the latents of both behind each other along channels."""
+    for latents in encode_stream(vae, pairs):
+        yield torch.cat(latents.split(1), dim=1)
+
+
 def decode_stream(
-    vae: StreamingVAE, latents: Iterable[Float[Tensor, "b c k h2 w2"]]
+    vae: StreamingVAE,
+    latents: Iterable[Float[Tensor, "b c k h2 w2"]],
+    photo: Float[Tensor, "b 3 1 h w"] | None = None,
 ) -> Iterator[Float[Tensor, "b 3 t h w"]]:
     """Pixels, float32 clamped to [-1, 1], of normalized latents in chunks of any number of blocks.
 
-    One output per non-empty input; concatenated, the same bits for any chunking. Closing the iterator frees the state.
+    ``photo``: what frame 0 is known to show; nano's decoder takes the detail of later frames from it. One output per
+    non-empty input; concatenated, the same bits for any chunking. Closing the iterator frees the state.
     """
-    state: Any = None
+    state: Any = None if photo is None else vae.decoder_state(_enter(vae, photo))
     for chunk in latents:
         if chunk.shape[2] == 0:
             continue
@@ -182,6 +200,7 @@ def decode_stream(
             x, state = vae.decode_chunk(_enter(vae, z), state)
             x = x.float().clamp_(-1, 1)
         yield x
+        del x  # large, and the next is about to be made
 
 
 def _encode_group(vae: StreamingVAE, frames: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -20,12 +20,11 @@ from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
 
+from .positions import POSITION_FEATURES, frequencies, position_features, rope_tables, rotate
+
 MOBILE_PATTERN = ("linear",) * 7 + ("softmax",) + ("linear",) * 7 + ("softmax",)
 DEFAULT_MOTION_SCORE = 1.0
 TIMESTEP_FEATURES = 256
-POSITION_OCTAVES = 6
-POSITION_FEATURES = 3 * (2 * POSITION_OCTAVES + 1)
-BLOCKS_PER_UNIT = 20  # frame indices are divided by this before their Fourier features: 81 frames are blocks 0..20
 SMALLEST_SIGMA = 0.02  # residual prediction divides by sigma; context blocks carry 0 and their output is not used
 
 
@@ -38,7 +37,8 @@ class MobileTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ``reference_channels``: of latents concatenated to the input. ``cross_attention_dim``: width of the text states
     (None: the network has no text). ``absolute_positions``: adds Fourier features of where a token is.
     ``prediction``: "residual" makes the network predict what the reference lacks, so that an untrained one
-    denoises to exactly its reference; it needs ``reference_channels`` == ``out_channels``.
+    denoises to exactly its reference; it needs ``reference_channels`` == ``out_channels``. "gated" has twice as many,
+    the reference and the photo carried along the motion, and also predicts how far to go from one to the other.
     Raises ValueError for contradictory settings.
     """
 
@@ -63,15 +63,18 @@ class MobileTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         reference_channels: int = 0,
         cross_attention_dim: int | None = None,
         absolute_positions: bool = False,
-        prediction: Literal["velocity", "residual"] = "velocity",
+        prediction: Literal["velocity", "residual", "gated"] = "velocity",
     ) -> None:
         super().__init__()
-        if prediction not in ("velocity", "residual"):
-            raise ValueError(f"prediction {prediction!r} is neither 'velocity' nor 'residual'")
-        if prediction == "residual" and reference_channels != out_channels:
-            raise ValueError(f"residual prediction needs {out_channels} reference channels, not {reference_channels}")
+        needed = {"velocity": reference_channels, "residual": out_channels, "gated": 2 * out_channels}
+        if prediction not in needed:
+            raise ValueError(f"prediction {prediction!r} is not 'velocity', 'residual' or 'gated'")
+        if needed[prediction] != reference_channels:
+            raise ValueError(
+                f"{prediction} prediction needs {needed[prediction]} reference channels, not {reference_channels}"
+            )
         self.patch_size, self.timestep_scale, self.rope_grid = patch_size, timestep_scale, rope_reference_grid
-        self.reference_channels, self.residual = reference_channels, prediction == "residual"
+        self.reference_channels, self.prediction = reference_channels, prediction
         d, heads, cells, text = hidden_size, num_attention_heads, patch_size**2, cross_attention_dim
         self.head_dim = d // heads
         self.patch_embed = nn.Linear((in_channels + reference_channels) * cells, d)
@@ -86,7 +89,7 @@ class MobileTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             for kind in attention_pattern
         )
         self.final_table = nn.Parameter(torch.randn(2, d) / math.sqrt(d))
-        self.proj_out = nn.Linear(d, out_channels * cells)
+        self.proj_out = nn.Linear(d, (2 if prediction == "gated" else 1) * out_channels * cells)
         self.gradient_checkpointing = False
         self._initialize()
 
@@ -143,11 +146,17 @@ class MobileTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         shift, scale = (self.final_table + time[:, :, None]).to(x.dtype).split(1, dim=2)
         x = self.proj_out(modulate(x, shift, scale))
         x = rearrange(x, "b t (h w) (c p q) -> b c t (h p) (w q)", h=grid[0], p=p, q=p)[..., :h, :w]
-        if self.residual and reference_hidden_states is not None:
+        if self.prediction != "velocity" and reference_hidden_states is not None:
             sigma = (timestep.float() / 1000).clamp(min=SMALLEST_SIGMA)[:, None, :, None, None]
-            x = (hidden_states.float() - (reference_hidden_states.float() + x.float())) / sigma
+            x = (hidden_states.float() - self._clean(x.float(), reference_hidden_states.float())) / sigma
         output = (x.to(hidden_states.dtype),)
         return Transformer2DModelOutput(*output) if return_dict else output
+
+    def _clean(self, x: Tensor, reference: Tensor) -> Tensor:
+        if self.prediction == "residual":
+            return reference + x
+        (residual, gate), (reference, carried) = x.chunk(2, dim=1), reference.chunk(2, dim=1)
+        return reference + residual + gate * (carried - reference)
 
     def _check(
         self, text: Tensor | None, image: Tensor | None, reference: Tensor | None, motion: Tensor | None
@@ -357,44 +366,3 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Exact attention (b, n, heads, c) x (b, m, heads, c) -> (b, n, heads, c)."""
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def frequencies(count: int, device: torch.device) -> Tensor:
-    """``count`` angular frequencies from 1 down towards 1/10,000."""
-    return torch.exp(-math.log(10_000) * torch.arange(count, device=device, dtype=torch.float32) / count)
-
-
-def rope_axes(head: int) -> tuple[int, int, int]:
-    """Channels of a head that rotate with t, y and x: thirds; what does not divide goes to t."""
-    side = 2 * (head // 6)
-    return head - 2 * side, side, side
-
-
-def rope_tables(frames: Tensor, grid: tuple[int, int], head: int, squeeze: int | None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (t * h * w, head), float32, of 3-D positions; ``squeeze``: rows and columns fit this length."""
-    rows, columns = (torch.arange(n, device=frames.device) / (n / squeeze if squeeze else 1.0) for n in grid)
-    place = torch.meshgrid(frames.float(), rows, columns, indexing="ij")
-    axes = zip(place, rope_axes(head), strict=True)
-    angles = [p[..., None] * frequencies(width // 2, p.device) for p, width in axes]
-    angle = torch.cat([half for angle in angles for half in (angle, angle)], dim=-1).flatten(0, 2)
-    return angle.cos(), angle.sin()
-
-
-def half_turn(head: int, like: Tensor) -> Tensor:
-    """The signed permutation (head, head) that turns each axis's (first, second) half into (-second, first)."""
-    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    return torch.block_diag(*(torch.kron(turn, torch.eye(width // 2)) for width in rope_axes(head))).to(like)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x (b, n, heads, c), tables (n, c)."""
-    turned = x @ half_turn(x.shape[-1], x)  # exact, and faster on a CPU than slices of a dozen channels
-    return torch.addcmul(x * cos[:, None], turned, sin[:, None])
-
-
-def position_features(frames: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Value, sines and cosines (t, h * w, POSITION_FEATURES) of where a token is in the clip and in the frame."""
-    rows, columns = ((torch.arange(n, device=frames.device) + 0.5) / n for n in grid)
-    place = torch.stack(torch.meshgrid(frames / BLOCKS_PER_UNIT, rows, columns, indexing="ij"), dim=-1).flatten(1, 2)
-    angle = place[..., None] * math.pi * 2.0 ** torch.arange(POSITION_OCTAVES, device=frames.device)
-    return torch.cat([place, angle.sin().flatten(-2), angle.cos().flatten(-2)], dim=-1)

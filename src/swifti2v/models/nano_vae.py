@@ -1,11 +1,13 @@
-"""NanoVAE: a causal 16x16x4 video autoencoder of 48 channels built around a fixed zonal DCT.
+"""NanoVAE: a causal 16x16x4 video autoencoder built around a fixed zonal DCT.
 
 The encoder is linear and never trained: orthonormal opponent colors, an orthonormal DCT over 16x16 pixels (block 0) or
-4x16x16 (later blocks), and the 48 coefficients that matter most (the config's lists). So latents stay the same however
+4x16x16 (later blocks), and the coefficients that matter most (the config's lists). So latents stay the same however
 long the decoder is trained, and encoding a 2K clip costs seconds on a CPU. The decoder inverts the transform and adds a
-learned residual at quarter resolution, zero before training.
+learned residual at quarter resolution, zero before training. What the few coefficients of later blocks leave out, it
+takes from the sharp first frame, moved to where the soft frames show it (``carry``, docs/decisions/0008): only what the
+kept coefficients say nothing about, so that they are never contradicted.
 
-It does not know files, tiling, or how its lists were chosen (scripts/train_nano_vae.py does).
+It does not know files, tiling, or how its lists were chosen (train/zonal.py does).
 Measured against the zonal DCT of equal channels in nano/DATA.md.
 """
 
@@ -23,6 +25,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import carry
+
 BLOCK, GROUP, COLORS, CELL = 16, 4, 3, 4  # pixels a side, frames, colors, pixels a side of one refiner position
 # What the transform leaves out is about 0.02 of the range of pixels; at scale 1 every step of Adam would drown it.
 RESIDUAL = 1 / 64
@@ -37,9 +41,11 @@ class EncoderState:
 
 @dataclass(frozen=True)
 class DecoderState:
-    """What the decoder carries between chunks: the last frame (b, 3, h, w), float32, before any clamping."""
+    """What the decoder carries between chunks: the sharp ``picture`` (b, 3, h, w), float32, whose detail later frames
+    take (the user's photo, or frame 0 as decoded), and where it has moved; no ``trail`` before block 0."""
 
-    last: Tensor
+    picture: Tensor
+    trail: carry.Trail | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class DecoderOutput:
 
 
 class NanoVAE(ModelMixin, ConfigMixin):  # the bases' config_name differ in diffusers itself
-    """Causal autoencoder: pixels (b, 3, 1+4k, h, w) in [-1, 1] <-> latents (b, 48, 1+k, h/16, w/16).
+    """Causal autoencoder: pixels (b, 3, 1+4k, h, w) in [-1, 1] <-> latents (b, c, 1+k, h/16, w/16).
 
     ``kept_image`` and ``kept_video`` are the kept DCT coefficients: flat indices of (color, v, u) and (color, t, v, u);
     ``scale_image`` and ``scale_video`` multiply them. Where both lists name the same (color, v, u) at temporal
@@ -104,7 +110,7 @@ class NanoVAE(ModelMixin, ConfigMixin):  # the bases' config_name differ in diff
         self.latent_channels = channels
         cell = COLORS * CELL * CELL
         self.refine_image = Refiner(cell, cell, channels, image_width, image_layers)
-        self.refine_video = Refiner((GROUP + 1) * cell, GROUP * cell, channels, video_width, video_layers)
+        self.refine_video = Refiner(2 * GROUP * cell, GROUP * cell, channels, video_width, video_layers)
         self._place_constants(torch.device("cpu"))
 
     def _place_constants(self, device: torch.device) -> None:
@@ -136,12 +142,12 @@ class NanoVAE(ModelMixin, ConfigMixin):  # the bases' config_name differ in diff
 
     @property
     def latents_mean(self) -> Tensor:
-        """(48,) float32: what to subtract from raw latents."""
+        """(c,) float32: what to subtract from raw latents."""
         return self.get_buffer("mean")
 
     @property
     def latents_std(self) -> Tensor:
-        """(48,) float32: what to divide them by afterwards; all ones, since scaling is part of the transform."""
+        """(c,) float32: what to divide them by afterwards; all ones, since scaling is part of the transform."""
         return self.get_buffer("std")
 
     # -- streaming ------------------------------------------------------------------------------------------------
@@ -157,15 +163,14 @@ class NanoVAE(ModelMixin, ConfigMixin):  # the bases' config_name differ in diff
         return torch.cat(blocks, dim=2), EncoderState()
 
     def decode_chunk(self, z: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
-        """Raw latents (b, 48, k, h, w) (else ValueError) -> float32 pixels, not clamped, 1+4(k-1) frames, later 4k."""
+        """Raw latents (b, c, k, h, w) (else ValueError) -> float32 pixels, not clamped, 1+4(k-1) frames, later 4k."""
         if z.ndim != 5 or z.shape[1] != self.latent_channels or z.shape[2] < 1:
             raise ValueError(
                 f"latents of shape {tuple(z.shape)} are not (b, {self.latent_channels}, blocks >= 1, h, w)"
             )
         frames = []
         for block in z.unbind(dim=2):
-            x = self._decode_block(block, state)
-            state = DecoderState(x[:, :, -1].clone())
+            x, state = self._decode_block(block, state)
             frames.append(x)
         assert state is not None
         return torch.cat(frames, dim=2), state
@@ -175,25 +180,60 @@ class NanoVAE(ModelMixin, ConfigMixin):  # the bases' config_name differ in diff
         patches = rearrange(x.float(), "b c t (h p) (w q) -> b h w (c t p q)", p=BLOCK, q=BLOCK)
         return rearrange(_exact_product(patches, analysis), "b h w c -> b c 1 h w")
 
-    def _decode_block(self, z: Tensor, state: DecoderState | None) -> Tensor:
-        linear = self.decode_linear(z, first=state is None)
-        folded = fold_cells(linear)
-        if state is None:
-            residual = self.refine_image(folded, self.normalize(z))
-        else:
-            seen = torch.cat([folded, fold_cells(state.last[:, :, None])], dim=1)
-            residual = self.refine_video(seen, self.normalize(z))
-        return linear + unfold_cells(residual.float(), linear.shape[2])
+    def decoder_state(self, photo: Tensor) -> DecoderState:
+        """A state that begins a stream whose first frame is known to show ``photo`` (b, 3, 1, h, w): later frames take
+        their detail from it instead of from frame 0 as decoded."""
+        return DecoderState(photo[:, :, 0].float())
+
+    def _decode_block(self, z: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        if state is None or state.trail is None:
+            linear = self.decode_linear(z, first=True)
+            x = linear + unfold_cells(self.refine_image(fold_cells(linear), self.normalize(z)).float(), 1)
+            picture = x[:, :, 0].detach().clone() if state is None else state.picture
+            return x, DecoderState(picture, carry.start(picture))
+        # Frames of 2K are large: what is not needed again goes before the next is made, here and in _carried.
+        fused, moved, trail = self._carried(self.decode_linear(z, first=False), state.trail)
+        seen = self._seen(fused, moved)
+        del moved
+        x = fused + unfold_cells(self.refine_video(seen, self.normalize(z)).float(), GROUP)
+        return x, DecoderState(state.picture, trail)
+
+    @torch.no_grad()
+    def _carried(self, linear: Tensor, trail: carry.Trail) -> tuple[Tensor, Tensor, carry.Trail]:
+        """``linear`` with the picture's detail where that can be trusted, the moved picture, the trail moved on."""
+        with torch.autocast(linear.device.type, enabled=False):
+            moved = torch.empty_like(linear)
+            for frame, place in zip(linear.unbind(2), moved.unbind(2), strict=True):
+                trail = carry.follow(trail, carry.scaled(frame, trail.flow.shape[-2:]))
+                place.copy_(carry.carried(trail))
+            fused = self.decode_linear(self._encode_block(moved)[:, :, 0], first=False)
+            for known, claim, picture in zip(linear.unbind(2), fused.unbind(2), moved.unbind(2), strict=True):
+                claim.copy_(torch.addcmul(known, _half_size_trust(known, claim), picture - claim))
+        return fused, moved, trail
+
+    @torch.no_grad()
+    def _seen(self, fused: Tensor, moved: Tensor) -> Tensor:
+        """Both as cells (b, 2*3*t*16, h/4, w/4), as the refiner wants them: in its dtype, channels last."""
+        b, _, t, h, w = fused.shape
+        half, dtype = COLORS * t * CELL * CELL, self.refine_video.head.weight.dtype
+        size = (b, 2 * half, h // CELL, w // CELL)
+        seen = torch.empty(size, dtype=dtype, device=fused.device, memory_format=torch.channels_last)
+        for cells, x in zip(seen.split(half, dim=1), (fused, moved), strict=True):
+            shape = {"c": COLORS, "t": t, "p": CELL, "q": CELL}
+            rearrange(cells, "b (c t p q) h w -> b c t h p w q", **shape).copy_(
+                rearrange(x, "b c t (h p) (w q) -> b c t h p w q", p=CELL, q=CELL)
+            )
+        return seen
 
     def decode_linear(self, z: Tensor, first: bool) -> Tensor:
-        """One raw latent block (b, 48, h, w) -> its frames (b, 3, 1 or 4, 16h, 16w) by the inverse DCT alone."""
+        """One raw latent block (b, c, h, w) -> its frames (b, 3, 1 or 4, 16h, 16w) by the inverse DCT alone."""
         synthesis = self.synthesis_image if first else self.synthesis_video
         patches = _exact_product(rearrange(z.float(), "b c h w -> b h w c"), synthesis)
         shape = {"c": COLORS, "t": 1 if first else GROUP, "p": BLOCK, "q": BLOCK}
         return rearrange(patches, "b h w (c t p q) -> b c t (h p) (w q)", **shape)
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Raw latents (b, 48, h, w) -> normalized, float32."""
+        """Raw latents (b, c, h, w) -> normalized, float32."""
         return (z.float() - self.latents_mean[:, None, None]) / self.latents_std[:, None, None]
 
     # -- whole clips, as diffusers has them -----------------------------------------------------------------------
@@ -203,7 +243,7 @@ class NanoVAE(ModelMixin, ConfigMixin):  # the bases' config_name differ in diff
         return EncoderOutput(PointDistribution(self.encode_chunk(x)[0]))
 
     def decode(self, z: Tensor) -> DecoderOutput:
-        """Raw latents (b, 48, 1+k, h, w) -> ``.sample``; equal to any chunked decoding bit by bit."""
+        """Raw latents (b, c, 1+k, h, w) -> ``.sample``; equal to any chunked decoding bit by bit."""
         return DecoderOutput(self.decode_chunk(z)[0])
 
     def forward(self, x: Tensor) -> DecoderOutput:
@@ -253,6 +293,14 @@ class ResidualLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, width, h, w) -> the same shape."""
         return x + self.second(F.leaky_relu(self.first(F.leaky_relu(x, 0.1)), 0.1))
+
+
+def _half_size_trust(known: Tensor, claimed: Tensor) -> Tensor:
+    """``carry.trust`` of frames (b, 3, h, w) by what both show at half the size, where the kept coefficients end."""
+    half = (known.shape[-2] // 2, known.shape[-1] // 2)
+    small, claim = carry.scaled(known, half), carry.scaled(claimed, half)
+    weight = carry.trust(small - carry.blur(small), claim - carry.blur(claim), 3)
+    return F.interpolate(weight, known.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def _exact_product(a: Tensor, b: Tensor) -> Tensor:

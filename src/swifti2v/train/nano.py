@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..camera import AMPLITUDE_FRAMES, camera_video
 from ..core import Size
 from ..models.nano_vae import NanoVAE
 from ..reference import resize
-from ..segments import RopePositions, Window
+from .objective import Batch
 from .prompts import caption
 from .synthetic import Scene, make_scene, render
 
@@ -35,19 +34,6 @@ STAGE_ONE_SIZES = (
     (Size(320, 176), 0.25),
     (Size(176, 320), 0.1),
 )
-STAGE_TWO_SIZES = ((Size(640, 384), 0.4), (Size(384, 640), 0.2), (Size(512, 512), 0.2), (Size(960, 512), 0.2))
-STAGE_TWO_SCALE = 2
-
-
-@dataclass(frozen=True)
-class Batch:
-    """``clean`` and ``reference`` (b, c, t, h, w), normalized; the first ``context`` blocks are finished."""
-
-    clean: Tensor
-    reference: Tensor
-    prompts: tuple[str, ...]
-    frame_indices: Tensor
-    context: int
 
 
 class Photos:
@@ -142,53 +128,7 @@ def stage_one_batch(vae: NanoVAE, photos: Photos, rng: random.Random, amplitude:
         items.append(stage_one_latents(vae, scene, blocks))
         prompts.append(asked.prompt)
     clean, reference = (torch.cat(parts) for parts in zip(*items, strict=True))
-    return Batch(clean, reference, tuple(prompts), torch.tensor([0, *blocks]), 1)
-
-
-def low_resolution(vae: NanoVAE, frames: Tensor, rng: random.Random) -> Tensor:
-    """What Stage I would hand over: (3, 1 + 4k, h, w) shrunk to a half and sent through the VAE and, sometimes,
-    softened, since what Stage I moves it blurs."""
-    size = Size(frames.shape[3], frames.shape[2])
-    small = Size(size.width // STAGE_TWO_SCALE, size.height // STAGE_TWO_SCALE)
-    low = _resize(frames, small)
-    if rng.random() < 0.35:
-        softness = rng.uniform(0.4, 0.9)
-        low = _resize(_resize(low, Size(round(small.width * softness), round(small.height * softness))), small)
-    latents = encode_blocks(vae, low[:, :1], low[:, 1:])
-    return _resize(decode_linear(vae, latents), size)
-
-
-def stage_two_latents(vae: NanoVAE, scene: Scene, blocks: Sequence[int], rng: random.Random) -> tuple[Tensor, Tensor]:
-    """Clean and hybrid reference latents (1, c, 1 + len(blocks), h, w): block 0, then ``blocks``."""
-    frames = [0, *(frame for block in blocks for frame in block_frames(block))]
-    clip = render(scene, frames)
-    clean = encode_blocks(vae, clip[:, :1], clip[:, 1:])
-    enlarged = low_resolution(vae, clip, rng)
-    return clean, encode_blocks(vae, clip[:, :1], enlarged[:, 1:])
-
-
-def stage_two_window(rng: random.Random) -> Window:
-    """A CSG window: mostly one neighbor and three blocks, anywhere up to block 80."""
-    start = rng.randint(1, 20) if rng.random() < 0.5 else rng.randint(1, 80)
-    length = 3 if rng.random() < 0.6 else rng.choice((1, 2, 4, 5))
-    neighbors = 0 if rng.random() < 0.15 else 1
-    return Window(0, tuple(range(max(1, start - neighbors), start)), tuple(range(start, start + length)))
-
-
-def stage_two_batch(vae: NanoVAE, photos: Photos, rng: random.Random) -> Batch:
-    """One window shape for the batch; amplitudes shrink for late windows, so that the photo still holds them."""
-    size, window = _weighted(rng, STAGE_TWO_SIZES), stage_two_window(rng)
-    last = 4 * window.blocks[-1]
-    items = []
-    for _ in range(2 if size.area * len(window.blocks) < 1_600_000 else 1):
-        # Wider than the prompts' own: Stage II also serves motion that comes from elsewhere
-        motion = caption(rng).motion.scaled(rng.uniform(0.2, 1.1) * min(1.0, AMPLITUDE_FRAMES / last))
-        scene = make_scene(photos.pick(rng), size, motion, last, rng)
-        items.append(stage_two_latents(vae, scene, window.blocks[1:], rng))
-    clean, reference = (torch.cat(parts) for parts in zip(*items, strict=True))
-    rule: RopePositions = "absolute" if rng.random() < 0.25 else "clamped"
-    positions = window.positions(rule, TRAINED_BLOCKS)
-    return Batch(clean, reference, (), torch.tensor(positions), len(window.context))
+    return Batch(clean, reference, torch.tensor([0, *blocks]), 1, prompts=tuple(prompts))
 
 
 def _weighted(rng: random.Random, options: Sequence[tuple[Size, float]]) -> Size:
