@@ -100,8 +100,8 @@ def live_bytes(pixels: Any, request: Any, model: Path | None) -> int:
     with LiveBytes() as live:
         photo = fit_image(pixels, request.size)
         live.reset_peak()
-        for _ in pipeline.stream(photo, request):
-            pass
+        for chunk in pipeline.stream(photo, request):
+            del chunk  # as the writer does
     return live.peak
 
 
