@@ -6,6 +6,7 @@ hand and stays.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,20 +143,21 @@ def cell(gaps: Sequence[float], digits: int) -> str:
 
 
 def absolute(rows: Sequence[Row]) -> str:
-    """Means and standard deviations of what stands at the two ends."""
+    """Means and standard deviations of what stands at the two ends, over the clips decoded with all of them."""
     lines = [f"| clips | variant | {' | '.join(title for title, _ in COLUMNS.values())} |"]
     lines.append("|---" * (len(COLUMNS) + 2) + "|")
     parts = [("plain", kind) for kind in ("film", "real", "synthetic", "")] + [("cascade", "")]
     for use, kind in parts:
-        for variant in ("default", "stage II off", "both off"):
-            own = {m: list(values(rows, use, variant, m, kind).values()) for m in COLUMNS}
-            if not own["psnr"]:
-                continue
-            cells = [
-                f"{torch.tensor(own[m]).mean():.{d}f} ± {torch.tensor(own[m]).std():.{d}f}"
-                for m, (_, d) in COLUMNS.items()
-            ]
-            label = f"{kind or ('all' if use == 'plain' else use)} ({len(own['psnr'])})"
+        variants = ("default", "stage II off", "both off")[: 3 if use == "plain" else 2]
+        held = {v: {m: values(rows, use, v, m, kind) for m in COLUMNS} for v in variants}
+        shared = [clip for clip in held["default"]["psnr"] if all(clip in held[v]["psnr"] for v in variants)]
+        label = f"{kind or ('all' if use == 'plain' else use)} ({len(shared)})"
+        for variant in variants if shared else ():
+            cells = []
+            for measure, (_, digits) in COLUMNS.items():
+                series = torch.tensor([held[variant][measure].get(clip, math.nan) for clip in shared])
+                spread = f" ± {series.std():.{digits}f}" if len(series) > 1 else ""
+                cells.append(f"{series.mean():.{digits}f}{spread}")
             lines.append(f"| {label} | {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -253,7 +253,7 @@ def test_streamed_equals_whole(machine: Machine, loaded: SwiftI2VPipeline, monke
     with Job.open("copy.job") as job, torch.no_grad():
         assert job.manifest.request == request
         anchor = next(iter(encode_stream(loaded.vae, [made.photo])))
-        at_once = list(decode_stream(loaded.vae, [torch.cat([anchor, *job.segments()], dim=2)]))
+        at_once = list(decode_stream(loaded.vae, [torch.cat([anchor, *job.segments()], dim=2)], made.photo))
     assert torch.equal(streamed, torch.cat(at_once, dim=2))
     called = loaded(
         image="photo.png", prompt="slow pan left", height=64, width=128, num_frames=33, seed=7, output_type="pt",

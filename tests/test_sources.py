@@ -179,14 +179,18 @@ def lora(file: Path, layer: str, inner: int, outer: int) -> Path:
 
 def test_loras_for_either_stage_and_several(saved: Path, tmp_path: Path) -> None:
     plain = load(saved)
-    linear = plain.transformer.proj_out
-    file = str(lora(tmp_path / "a.safetensors", "proj_out", linear.in_features, linear.out_features))
-    for stage, more in (("transformer", {"loras": [(file, 1.0)]}), ("transformer_2", {"loras_2": [(file, 1.0)]})):
-        pipeline = load(saved, **more)
+    files = {}
+    for stage in ("transformer", "transformer_2"):
+        linear = getattr(plain, stage).proj_out
+        path = lora(tmp_path / f"{stage}.safetensors", "proj_out", linear.in_features, linear.out_features)
+        files[stage] = str(path)
+    for stage, option in (("transformer_2", "loras_2"), ("transformer", "loras")):
+        pipeline = load(saved, **{option: [(files[stage], 1.0)]})
         other = {"transformer": "transformer_2", "transformer_2": "transformer"}[stage]
         x = torch.randn(3, linear.in_features)
         assert not torch.allclose(getattr(pipeline, stage).proj_out(x), getattr(plain, stage).proj_out(x))
         assert torch.equal(getattr(pipeline, other).proj_out(x), getattr(plain, other).proj_out(x))
+    file = files["transformer"]
     added = [load(saved, loras=pair).transformer.proj_out(x) for pair in ([(file, 0.75)], [(file, 0.25), (file, 0.5)])]
     torch.testing.assert_close(*added)
 

@@ -220,7 +220,9 @@ def test_nano_trains_on_shards_and_shows_samples(stage: Any, tmp_path: Path, mon
 
     def make_clip(number: int) -> Clip:
         clean = torch.randn(channels, 7, 2, 4, generator=torch.Generator().manual_seed(number))
-        return Clip(clean, clean + 0.1, clean + 0.2, None, "pan left", str(number), "film")
+        count = recipes_nano.REFERENCES[stage]
+        reference = (clean + 0.1).repeat(count, 1, 1, 1)
+        return Clip(clean, reference, reference + 0.1, None, "pan left", str(number), "film")
 
     write_shards(tmp_path / "shards", Plan(count=4), make_clip)
     monkeypatch.setitem(recipes_nano.TINY, "hidden_size", 48)

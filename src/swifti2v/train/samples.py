@@ -65,7 +65,8 @@ class WindowVideos:
             made = denoise(parts, batch, sigmas(self.steps, self.shift), self.network)
             if folder is None:
                 continue
-            rows = [latents[:1].cpu() for latents in (batch.reference, made, batch.clean)]
+            reference = batch.reference[:, : made.shape[1]]  # without the carried photo behind it
+            rows = [latents[:1].cpu() for latents in (reference, made, batch.clean)]
             shown = [torch.cat(list(decode_stream(_vae(self.load_vae), [row])), dim=2) for row in rows]
             write_video(folder / f"{index:04d}.mp4", [torch.cat(shown, dim=4)], fps=self.fps)
 
