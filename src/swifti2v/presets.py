@@ -78,7 +78,7 @@ PRESETS: dict[str, Preset] = {
             stage_one="nano",
             stage_two="nano",
             prompt_tokens=128,
-            defaults={"num_inference_steps": 12, "num_inference_steps_2": 1},
+            defaults={"num_inference_steps": 4, "num_inference_steps_2": 1},
         ),
         Preset(
             name="wan",

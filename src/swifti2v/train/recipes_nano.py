@@ -55,7 +55,7 @@ PASSES = 260  # batches of Stage II windows, gone through again and again
 TRANSITION_SHARE = 0.5
 ONE_STEP = {"one": 0.0, "two": 0.5}  # share of batches at sigma exactly 1, where a one-step sampler is
 TUNING_STEPS = 1100
-SAMPLE_STEPS = {"one": 12, "two": 1}
+SAMPLE_STEPS = {"one": 4, "two": 1}
 # From shards: clips a batch, then M and N with weights. Stage I: any five blocks in a row, or a whole clip.
 WINDOWS: dict[Stage, tuple[int, Weighted, Weighted]] = {
     "one": (2, ((5, 0.8), (20, 0.2)), ((0, 1.0),)),
