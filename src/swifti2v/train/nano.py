@@ -1,8 +1,7 @@
 """Training clips for nano: photos in, latents out, as a pure function of (seed, step).
 
-Stage I learns what the camera uncovers: the reference is the photo moved by the camera, mirrored at its edges.
-Stage II learns detail: the reference is the clip shrunk to a half, sent through the VAE and enlarged, as
-Stage I's output will be. Both hold finished blocks first and say how many.
+Stage I learns what the camera uncovers: the reference is the photo moved by the camera, mirrored at its edges. Finished
+blocks come first, and a batch says how many. Stage II's windows are made in ``windows``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch import Tensor
 from ..camera import AMPLITUDE_FRAMES, camera_video
 from ..core import Size
 from ..models.nano_vae import NanoVAE
-from ..reference import resize
 from .objective import Batch
 from .prompts import caption
 from .synthetic import Scene, make_scene, render
@@ -83,16 +81,6 @@ def encode_blocks(vae: NanoVAE, first: Tensor, rest: Tensor | None) -> Tensor:
     return (torch.cat(parts, dim=2).float() - vae.latents_mean.view(shape)) / vae.latents_std.view(shape)
 
 
-@torch.no_grad()
-def decode_linear(vae: NanoVAE, latents: Tensor) -> Tensor:
-    """Pixels (3, 1 + 4k, h, w) of normalized latents (1, c, 1 + k, h, w), by the fixed transform alone: the learned
-    part of the decoder may still be in training."""
-    shape = (1, -1, 1, 1)
-    mean, std = vae.latents_mean.view(shape), vae.latents_std.view(shape)
-    blocks = [vae.decode_linear(z * std + mean, first=index == 0)[0] for index, z in enumerate(latents.unbind(2))]
-    return torch.cat(blocks, dim=1).clamp(-1, 1)
-
-
 def stage_one_latents(vae: NanoVAE, scene: Scene, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Clean latents and those of the photo so moved (1, c, 1 + len(blocks), h, w): block 0, then ``blocks`` (>= 1).
 
@@ -133,8 +121,3 @@ def stage_one_batch(vae: NanoVAE, photos: Photos, rng: random.Random, amplitude:
 
 def _weighted(rng: random.Random, options: Sequence[tuple[Size, float]]) -> Size:
     return rng.choices([size for size, _ in options], [weight for _, weight in options])[0]
-
-
-def _resize(frames: Tensor, size: Size) -> Tensor:
-    """(3, t, h, w), frame by frame as at inference."""
-    return torch.stack([resize(frame, size) for frame in frames.unbind(1)], dim=1)
