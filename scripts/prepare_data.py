@@ -98,10 +98,17 @@ def make_shards(options: argparse.Namespace) -> None:
     if not samples:
         raise UsageError(f"{options.list}: nothing is left to encode")
     source = ManifestSource(tuple(samples), options.seed, options.list.parent / "cache")
-    text: Callable[[str], Tensor] = lambda prompt: pipeline.encode_prompt(prompt)[0]  # noqa: E731
+
+    def text(prompt: str) -> Tensor:
+        return pipeline.encode_prompt(prompt)[0]
+
     encode: Callable[[Pixels], Any]
     if options.stage == "one":
-        encode = StageOneEncoder(streaming(pipeline.vae), "zero" if pipeline.image_encoder else "camera", text)
+        vae = streaming(pipeline.vae)
+        if pipeline.image_encoder is None:
+            encode = StageOneEncoder(vae, "camera", text)
+        else:
+            encode = StageOneEncoder(vae, "zero", text, pipeline.encode_image)
     else:
         maker = reference_maker(pipeline)
         one, two = streaming(pipeline.vae), stage_two_vae(pipeline)

@@ -24,7 +24,7 @@ class Preset:
     """``stage_one`` and ``stage_two``: a folder in this package (nano), or hub repositories in diffusers layout.
 
     ``overlap_blocks``: finished blocks that a Stage I continuation keeps at least (docs/decisions/0003).
-    ``carries_detail``: the reference takes the photo's detail along the motion (``reference.hybrid_reference``).
+    ``carries_detail``: the reference takes the photo's detail along the motion (``reference.carried_reference``).
     ``defaults``: fields of ``Request`` that differ from its own defaults.
     """
 

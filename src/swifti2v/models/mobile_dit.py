@@ -246,8 +246,11 @@ class SelfAttention(nn.Module):
             q, k = rms_norm(q, self.norm_q), rms_norm(k, self.norm_k)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = linear_attention(F.relu(q), F.relu(k), v) if self.linear else softmax_attention(q, k, v)
-        return self.to_out(out.reshape(b, t, n, -1))
+        return self.to_out(self.attend(q, k, v, n).reshape(b, t, n, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+        """Every block, of ``tokens`` tokens each, to all: q, k, v and the result (b, t * tokens, heads, c)."""
+        return linear_attention(F.relu(q), F.relu(k), v) if self.linear else softmax_attention(q, k, v)
 
 
 class CrossAttention(nn.Module):

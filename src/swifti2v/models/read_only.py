@@ -10,11 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .mobile_dit import MobileTransformer3DModel, SelfAttention, linear_attention, rms_norm, softmax_attention
-from .positions import rotate
+from .mobile_dit import MobileTransformer3DModel, SelfAttention
 
 
 class ReadOnlyTransformer(MobileTransformer3DModel):
@@ -42,17 +40,9 @@ class ReadOnlyAttention(SelfAttention):
 
     finished: int = 0
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        b, t, n, _ = x.shape
-        q, k, v = self.to_qkv(x.flatten(1, 2)).chunk(3, dim=-1)
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = rms_norm(q, self.norm_q), rms_norm(k, self.norm_k)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if self.linear:
-            q, k = F.relu(q), F.relu(k)
-        attend, cut = linear_attention if self.linear else softmax_attention, self.finished * n
-        parts = [attend(q[:, cut:], k, v)]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+        cut, attend = self.finished * tokens, super().attend
+        parts = [attend(q[:, cut:], k, v, tokens)]
         if cut:
-            parts.insert(0, attend(q[:, :cut], k[:, :cut], v[:, :cut]))
-        return self.to_out(torch.cat(parts, dim=1).reshape(b, t, n, -1))
+            parts.insert(0, attend(q[:, :cut], k[:, :cut], v[:, :cut], tokens))
+        return torch.cat(parts, dim=1)

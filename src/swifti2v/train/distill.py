@@ -31,7 +31,7 @@ from ..stage_two import Velocity, dit_velocity
 from . import recipes_nano
 from .objective import SMALL_BASE, Batch, Levels, Network, Noisy, channel_error, noised, predict, text_states
 from .recipe import Loss, Parts, Recipe
-from .recipes import Given, WholeShards, toy, with_lora
+from .recipes import TOY_CLIPS, Given, WholeShards, toy, with_lora
 
 POSITIONS_AS_GIVEN = CSG(rope_positions="absolute")  # a batch's frame_indices are positions already
 UNKNOWN_LENGTH = 1 << 30  # trained_blocks does not matter to absolute positions
@@ -275,11 +275,10 @@ def nano_one_dmd(given: Given) -> Recipe:
 
 def stage_one_few(given: Given) -> Recipe:
     """A 4-step LoRA for Wan2.1-I2V-14B (or what --base holds) from its own 40 steps."""
-    made_up = recipes_nano.MadeUp(channels=16, count=1, context=0, image_dim=20, text=(512, 16), blocks=3)
     recipe = Recipe(
         "stage_one_few",
         partial(wan_parts, given.base or WAN_STAGE_ONE, 4 if given.tiny else 64, given.tiny),
-        partial(recipes_nano.made_up, source=made_up) if given.tiny else WholeShards(given.data),
+        partial(recipes_nano.made_up, source=TOY_CLIPS) if given.tiny else WholeShards(given.data),
         Distillation(substeps=10, teacher=Teacher("wan_image")),
         steps=3000,
         lr=5e-5,

@@ -34,6 +34,8 @@ LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"
 """DiffSynth's q, k, v, o, ffn.0, ffn.2 in diffusers' names; image projections (add_k_proj, add_v_proj) stay."""
 GLOBAL_BATCH = 32  # items of an optimizer step, all processes together, that the steps below are meant for
 SHIFT = 5.0
+TOY_CLIPS = recipes_nano.MadeUp(channels=16, count=1, context=0, image_dim=20, text=(512, 16), blocks=3)
+"""What Wan2.1-I2V's twin learns from at toy size."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,11 @@ def stage_one_parts(base: str, rank: int, tiny: bool) -> Parts:
 
 def stage_one_lora(given: Given) -> Recipe:
     """Low-Res LoRA (paper section 3.1): Wan2.1-I2V-14B learns to work at 640x352."""
-    made_up = recipes_nano.MadeUp(channels=16, count=1, context=0, image_dim=20, text=(512, 16), blocks=3)
     rank = 4 if given.tiny else 32
     recipe = Recipe(
         "stage_one_lora",
         partial(stage_one_parts, given.base or WAN_STAGE_ONE, rank, given.tiny),
-        partial(recipes_nano.made_up, source=made_up) if given.tiny else WholeShards(given.data),
+        partial(recipes_nano.made_up, source=TOY_CLIPS) if given.tiny else WholeShards(given.data),
         FlowMatching(Levels(SHIFT, low=0.001), network="wan_image"),
         steps=2000,
         lr=1e-4,
