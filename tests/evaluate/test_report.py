@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from swifti2v import cli, media
+from swifti2v import cli, media, motion_score
 from swifti2v.camera import FAST_PAN, Motion
 from swifti2v.core import Size, UsageError
-from swifti2v.evaluate import optical_flow, perceptual, picture, report
+from swifti2v.evaluate import perceptual, picture, report
 from swifti2v.train.synthetic import make_scene, render
 
 PHOTO = Path(__file__).parents[2] / "examples" / "photo.jpg"
@@ -71,7 +71,7 @@ def test_good_and_spoilt_clips(frames: torch.Tensor) -> None:
 
 
 def test_what_is_missing_is_said(frames: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (perceptual, optical_flow):
+    for module in (perceptual, motion_score):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     scores = report.evaluate_clip(frames[:, :6].unbind(1), frames[:, 0])
     assert scores.first_frame.st_lpips is None and scores.motion is None and scores.seams == ()

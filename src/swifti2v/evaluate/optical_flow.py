@@ -10,9 +10,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +17,13 @@ from torch import Tensor
 
 from .. import metrics
 from ..camera import AMPLITUDE_FRAMES, Motion, View, warp
-from ..core import UsageError
+from ..motion_score import dis_flow
 
 WIDTH = 384  # pixels across at which flow is computed; a fast pan is 0.6 of them a frame
 STEP = 4  # frames between two measurements of the camera
 _GRID = 6  # pixels between the points a motion is fitted to
 _INLIER = 0.75  # pixels a point may be off the common motion and still count
 _SWAY = math.sqrt((0.65**2 + 0.35**2) / 2)  # root mean square of camera's own shake of amplitude 1
-
-
-def check_available() -> None:
-    """``UsageError`` if OpenCV is not installed."""
-    if find_spec("cv2") is None:
-        raise UsageError("optical flow needs OpenCV: pip install opencv-python-headless")
 
 
 # --- flow -------------------------------------------------------------------------------------------------------
@@ -45,11 +36,6 @@ def gray(frame: Tensor, width: int = WIDTH) -> Tensor:
     size = [max(16, round(side * scale)) for side in plane.shape]
     small = F.interpolate(plane[None, None], size, mode="bilinear", antialias=True)[0, 0]
     return ((small + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def flow(a: Tensor, b: Tensor) -> Tensor:
-    """Where each pixel of ``a`` went in ``b``: bytes (h, w) of both -> (2, h, w) pixels right and down."""
-    return torch.from_numpy(_dis().calc(a.numpy(), b.numpy(), None)).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -66,7 +52,7 @@ def warping_error(a: Tensor, b: Tensor) -> Warping:
 
     The rule is Sundaram's (2010), as Lai's (2018) warping error has it. Error 0 if nothing is visible.
     """
-    there, back = flow(a, b), flow(b, a)
+    there, back = dis_flow(a, b), dis_flow(b, a)
     moved = _sampled(torch.cat([b[None].float(), back]), there)
     returned = there + moved[1:]
     limit = 0.01 * (there.square().sum(dim=0) + moved[1:].square().sum(dim=0)) + 0.5
@@ -169,7 +155,7 @@ def _similarity(a: Tensor, b: Tensor) -> tuple[complex, complex]:
     import cv2
 
     height, width = a.shape
-    moved = flow(a, b)
+    moved = dis_flow(a, b)
     texture = torch.from_numpy(cv2.cornerMinEigenVal(a.numpy(), 5))
     rows, columns = torch.meshgrid(
         torch.arange(_GRID // 2, height, _GRID), torch.arange(_GRID // 2, width, _GRID), indexing="ij"
@@ -202,14 +188,3 @@ def _inside(by: Tensor) -> Tensor:
     height, width = by.shape[1:]
     x, y = torch.arange(width) + by[0], torch.arange(height)[:, None] + by[1]
     return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
-
-
-@cache
-def _dis() -> Any:
-    check_available()
-    import cv2
-
-    cv2.setNumThreads(torch.get_num_threads())
-    found = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    found.setFinestScale(0)
-    return found

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import metrics
+from .. import metrics, motion_score
 from ..camera import AMPLITUDE_FRAMES, Motion
 from ..core import Size, UsageError
 from ..reference import resize
@@ -132,7 +132,7 @@ def evaluate_clip(
         raise UsageError("the clip has no frames")
     missing = [*missing_tools()]
     series, motion = watch.series, None
-    if _has(optical_flow):
+    if _has(motion_score):
         series, motion = _followed(watch, photo)
     steps, seams = _seams(series, segment_frames)
     if segment_frames is None:
@@ -158,7 +158,7 @@ def evaluate_clip(
 
 def missing_tools() -> Iterator[str]:
     """What cannot be measured here, and how to mend it."""
-    for tool in (perceptual, optical_flow):
+    for tool in (perceptual, motion_score):
         try:
             tool.check_available()
         except UsageError as error:

@@ -31,6 +31,7 @@ class Batch:
     ``clean``, ``reference`` (b, c, t, h, w) float32, normalized; the first ``context`` blocks are finished (anchor,
     neighbors). ``frame_indices`` (t,): temporal positions as the network gets them. ``text`` (b, l, d), or ``prompts``
     to be encoded by the recipe's frozen text encoder. ``image`` (b, 257, 1280): CLIP states, for Wan2.1-I2V.
+    ``motion_score`` (b,): mean optical flow, for networks that listen to it (MobileI2V).
     """
 
     clean: Tensor
@@ -40,6 +41,7 @@ class Batch:
     text: Tensor | None = None
     prompts: tuple[str, ...] = ()
     image: Tensor | None = None
+    motion_score: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -48,7 +50,7 @@ class Batch:
             return None if value is None else value.to(device, non_blocking=non_blocking)
 
         clean, reference = self.clean.to(device), self.reference.to(device)
-        rest = {"text": move(self.text), "image": move(self.image), "frame_indices": self.frame_indices.to(device)}
+        rest = {name: move(getattr(self, name)) for name in ("text", "image", "motion_score", "frame_indices")}
         return replace(self, clean=clean, reference=reference, **rest)  # type: ignore[arg-type]
 
 
@@ -106,18 +108,23 @@ def window_batch(
 
 @dataclass(frozen=True)
 class Levels:
-    """How noise levels are drawn: evenly in [``low``, 1] before ``shift``, as samplers place them; with probability
-    ``one`` exactly 1."""
+    """How noise levels are drawn: evenly in [``low``, 1] before ``shift``, as samplers place them, or by ``law``
+    "logit-normal" the sigmoid of a standard normal, at least ``low``, then shifted (MobileI2V, with shift 1); with
+    probability ``one`` exactly 1."""
 
     shift: float = 5.0
     low: float = 0.03
     one: float = 0.0
+    law: Literal["even", "logit-normal"] = "even"
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """``count`` sigmas on the CPU."""
-        even = self.low + (1 - self.low) * torch.rand(count, generator=generator)
+        if self.law == "even":
+            base = self.low + (1 - self.low) * torch.rand(count, generator=generator)
+        else:
+            base = torch.randn(count, generator=generator).sigmoid().clamp(min=self.low)
         sure = torch.rand(count, generator=generator) < self.one
-        sigma = self.shift * even / (1 + (self.shift - 1) * even)
+        sigma = self.shift * base / (1 + (self.shift - 1) * base)
         return torch.where(sure, torch.ones(()), sigma)
 
 
@@ -158,6 +165,7 @@ def predict(model: nn.Module, noisy: Noisy, batch: Batch, text: Tensor | None, n
     of Stage II, nano's Stage I). "wan_image": Wan2.1-I2V with 16 noise + 4 mask + 16 condition channels, one level
     for all blocks, CLIP states; the reference holds the condition's latents."""
     if network == "window":
+        listens = {} if batch.motion_score is None else {"motion_score": batch.motion_score}
         return model(
             hidden_states=noisy.x,
             timestep=1000 * noisy.levels,
@@ -165,6 +173,7 @@ def predict(model: nn.Module, noisy: Noisy, batch: Batch, text: Tensor | None, n
             reference_hidden_states=noisy.reference,
             frame_indices=batch.frame_indices,
             return_dict=False,
+            **listens,
         )[0].float()
     if batch.image is None:
         raise ValueError("the batch has no CLIP states of the photo, which Wan2.1-I2V needs")

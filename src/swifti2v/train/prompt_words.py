@@ -15,7 +15,7 @@ def words_of(text: str) -> tuple[str, ...]:
 # Verb phrases by what follows the verb; "{d}" is the direction and "{o}" its opposite.
 SIDE_VERBS = words_of("pan|pan|pan|turn|move|move|track|truck|slide|sweep|swing|glide|drift|shift|dolly|crab|travel")
 SIDE_ENDS = words_of(
-    "{d}|{d}|{d}|to the {d}|to the {d}|{d}ward|{d}wards|toward the {d}|towards the {d}|from {o} to {d}"
+    "{d}|{d}|{d}|to the {d}|to the {d}|over to the {d}|{d}ward|{d}wards|toward the {d}|towards the {d}|from {o} to {d}"
 )
 LEVEL_VERBS = words_of("tilt|tilt|tilt|pan|move|pedestal|crane|boom|look|sweep|drift|glide|swing")
 LEVEL_ENDS = words_of("{d}|{d}|{d}ward|{d}wards")
@@ -25,7 +25,7 @@ ROLL_ENDS = {
     "counterclockwise": words_of("counterclockwise|counter-clockwise|counter clockwise|anticlockwise|anti-clockwise"),
 }
 VERBS: dict[str, tuple[str, ...]] = {
-    "up": words_of("rise|rise up|ascend|lift up|climb up|move higher"),
+    "up": words_of("rise|rise|rise up|rise above the {n}|ascend|lift up|climb up|move higher"),
     "down": words_of("descend|lower|sink down|drop down|come down|move lower"),
     "in": words_of(
         """zoom in|zoom in|zoom in|zoom in|zoom into the {n}|zoom in on the {n}|push in|push in|push in on the {n}
@@ -79,7 +79,10 @@ STATIC = words_of(
     |the camera is static|static|static frame|fixed shot|without camera movement|without any camera motion
     |tripod shot|no camera moves|the camera doesn't move|the camera remains static|motionless camera
     |do not move the camera|the shot is static|locked-off camera|camera is still|camera fixed|stationary shot
-    |keep the camera still|no zoom"""
+    |keep the camera still|no zoom|no camera movement please|no camera motion please|please keep the camera fixed
+    |camera locked off|the camera is locked|camera does not move|the camera never moves|without moving the camera
+    |only the scene moves, the camera is fixed|still camera, only the subject moves|the frame stays fixed
+    |static camera, no zoom|fixed camera angle|fixed camera position|hold the camera still"""
 )
 ADVERBS = {
     "slow": words_of("slowly|slowly|slowly|gently|gently|gradually|very slowly|softly|subtly|slightly|at a slow pace"),
@@ -141,6 +144,29 @@ DOING = words_of(
     |coming out of the water|running away|moving slowly|running fast|walking quickly|going home|leaning back
     |flying back to the nest|left alone|left behind|with its left paw raised|on the right|on the left side"""
 )
+NATURE = words_of(
+    """steam|smoke|mist|fog|rain|snow|dust|sand|sparks|embers|foam|bubbles|water|lava|clay|honey|milk|paint|light
+    |the tide|the surf|waves|ripples|clouds|leaves|petals|feathers|snowflakes|raindrops|fireflies|confetti|lanterns
+    |balloons|hot air balloons|flags|curtains|hair|ribbons|clock hands|wheels|gears|fan blades|windmill sails
+    |headlights|trams|taxis|ferries|soldiers|dancers|pilgrims|shoppers|swallows|geese|ants|horses|fish|the sun
+    |the moon|the sea|the river|the train|the elevator|the swing|the door|the curtain|the drawbridge|the pendulum"""
+)
+HAPPENING = words_of(
+    """rise|rise up|climb|float|drift|drift off|fall|fall down|tumble|sink|drop|pour|spill|roll|roll over|spin
+    |spin around|turn|turn around|rotate|swirl|whirl|swing|sway|shake|tremble|rock|flicker|flutter|wave|move|move off
+    |rush|race
+    |gallop|march|walk|run|fly|fly off|dart|dart off|glide|slide|creep|crawl|jump|leap|dive|hover|circle|pull back
+    |pull away|push through|come closer|go by|pass by|sail|row|drive|drive off|back up|slow down|speed up|lean|lean in
+    |look|look up|look down|look back|point|reach|stretch|open|close|bloom|melt|burn|glow|breathe|blink|nod|bow"""
+)
+WHITHER = words_of(
+    """||||left|right|to the left|to the right|off to the left|off to the right|up|down|upward|downward|up and away|away
+    |back|forward|in|out|closer|round and round|in circles|clockwise|counterclockwise|from left to right
+    |from right to left|back and forth|from side to side|up and down|higher|lower|toward us|towards the viewer"""
+)
+PASSING = words_of(
+    "past|over|across|behind|around|along|through|above|below|towards|into|out of|at|from|up|down|against|onto"
+)
 GOING = words_of(
     """flies|walks|runs|swims|floats|drifts|turns|moves|looks|rolls|climbs|slides|drives|sails|jumps|points|glides
     |steps|flies slowly|walks slowly|runs quickly|swims quickly|is flying|is walking|is moving|is turning|flying
@@ -197,7 +223,7 @@ LEVEL_WAYS = {
     "down": words_of("to the ground|from the sky|along the {n}|towards the {n}"),
 }
 STARTS = {
-    "bare": words_of("|||||please|camera:|camera motion:|camera movement:|camera|then"),
+    "bare": words_of("|||||please|we|we|let us|camera:|camera motion:|camera movement:|camera|then"),
     "third": words_of("the camera|the camera|the camera|camera|camera|the shot|the view|our view|the lens"),
     "gerund": words_of("||camera|the camera|the camera is|with the camera|camera slowly|shot"),
     "order": words_of("the camera should|make the camera|let the camera|the camera begins to|have the camera"),

@@ -53,15 +53,15 @@ def motion_of(moves: Sequence[str], speed: int) -> Motion:
 
 
 def caption(rng: random.Random, typos: float = 0.0) -> Caption:
-    """A random prompt with its motion: 8% static, 16% without motion words, the rest one or two moves.
+    """A random prompt with its motion: 11% static, 24% without motion words, the rest one or two moves.
 
     The motion lies within the first ``MAX_BYTES`` bytes. ``typos``: the share of prompts with slips of the keyboard;
     without them ``parse`` reads the motion back.
     """
     kind = rng.random()
-    if kind < 0.08:
+    if kind < 0.11:
         phrase, motion = rng.choice(words.STATIC), Motion()
-    elif kind < 0.24:
+    elif kind < 0.35:
         phrase, motion = "", motion_of(("in",), 0)
     else:
         moves = _pick_moves(rng)
@@ -152,13 +152,13 @@ def _tail(rng: random.Random, move: str) -> str:
 
 
 def _third(verb: str) -> str:
-    if verb.endswith(("sh", "ch")):
+    if verb.endswith(("sh", "ch", "ss")):
         return verb + "es"
     return verb[:-1] + "ies" if verb in ("dolly", "fly") else verb + ("es" if verb == "go" else "s")
 
 
 def _gerund(verb: str) -> str:
-    if verb in ("pan", "spin", "get", "drop", "crab"):
+    if verb in ("pan", "spin", "get", "drop", "crab", "run", "nod"):
         return verb + verb[-1] + "ing"
     return (verb[:-1] if verb.endswith("e") else verb) + "ing"
 
@@ -188,16 +188,40 @@ def _scene(rng: random.Random) -> str:
         return rng.choice(words.ABOUT)
     if kind < 0.22:
         return rng.choice(words.STYLES)
+    if kind < 0.46:
+        return _happening(rng)
     start = rng.choice(words.FRAMES)
-    if kind < 0.4:
-        return f"{_named(rng, words.BEINGS)} {rng.choice(words.GOING)} {rng.choice(words.WHERE)}"
-    if kind < 0.6:
+    if kind < 0.62:
         text = f"{start}{_named(rng, words.BEINGS)} {rng.choice(words.DOING)}"
     else:
         text = start + _named(rng, rng.choice((words.PLACES, words.THINGS, words.BEINGS)))
     if rng.random() < 0.45:
         text += f" {rng.choice(words.JOINTS)} {_named(rng, rng.choice((words.PLACES, words.THINGS)))}"
     return f"{text} {rng.choice(words.TIMES)}" if rng.random() < 0.25 else text
+
+
+def _happening(rng: random.Random) -> str:
+    """What people and things do and where they go: none of it asks for a motion of the camera."""
+    if rng.random() < 0.3:
+        return f"{_named(rng, words.BEINGS)} {rng.choice(words.GOING)} {rng.choice(words.WHERE)}"
+    if rng.random() < 0.4:
+        subject = rng.choice(words.NATURE)
+    else:
+        subject = rng.choice(words.FRAMES) + _named(rng, rng.choice((words.BEINGS, words.THINGS)))
+    verb, _, rest = rng.choice(words.HAPPENING).partition(" ")
+    form = rng.random()
+    if form < 0.5:
+        subject, verb = f"{subject} {rng.choice(('', '', 'is', 'are'))}".strip(), _gerund(verb)
+    elif form < 0.8:
+        verb = _third(verb)
+    parts = [subject, verb, rest, rng.choice(words.WHITHER)]
+    if rng.random() < 0.15:
+        parts.insert(rng.choice((1, 4)), rng.choice(words.ADVERBS[rng.choice(SPEEDS)]))
+    if rng.random() < 0.5:
+        parts.append(f"{rng.choice(words.PASSING)} {_named(rng, rng.choice((words.PLACES, words.THINGS)))}")
+    text = " ".join(part for part in parts if part)
+    # A few read like orders to the camera ("truck back up"): none of those.
+    return text if parse(text) == motion_of(("in",), 0) else _happening(rng)
 
 
 def _named(rng: random.Random, nouns: Sequence[str]) -> str:
@@ -214,7 +238,8 @@ def _thing(rng: random.Random) -> str:
 def _made_up(rng: random.Random) -> str:
     """A pronounceable non-word, so that unknown words learn to be ignored."""
     syllables = (rng.choice(words.LETTERS[0]) + rng.choice(words.LETTERS[1]) for _ in range(rng.randint(1, 4)))
-    return "".join(syllables) + rng.choice(("", "", *"nrslt", "ing", "ed"))
+    word = "".join(syllables) + rng.choice(("", "", *"nrslt", "ing", "ed"))
+    return _made_up(rng) if re.fullmatch(_CAMERA_VERBS, word) else word
 
 
 def _cased(rng: random.Random, text: str) -> str:
@@ -269,7 +294,7 @@ _ALONE = {
 _STATIC = (
     r"\bstatic\b|\blocked\b|\b(?:fixed|still|stationary|motionless) (?:camera|shot|frame)"
     r"|\bcamera (?:\w+ ){0,2}(?:still|fixed|stationary|motionless)|\bno (?:camera )?(?:motion|movement|moves|zoom)\b"
-    r"|\bnot move\b|\btripod shot|\bwithout (?:any )?camera"
+    r"|\b(?:not|never|without) mov(?:e|es|ing)\b|\bframe stays fixed|\btripod shot|\bwithout (?:any )?camera"
 )
 _SPEED_WORDS = (
     r"\bat a slow pace|\b(?:very )?(?:slow(?:ly)?|gentl[ey]|gradual(?:ly)?|softly|subtl[ey]|slight(?:ly)?|leisurely)\b",
@@ -324,7 +349,7 @@ def _clauses(text: str) -> list[str]:
 def _moves_in(clause: str) -> list[str]:
     """The moves of one clause: any verb serves after a word for the camera or at the clause's start."""
     ours = bool(re.search(r"\b(?:camera|cam|shot|view|lens|footage)\b", clause))
-    start = r"\b" if ours else r"^(?:please |an? |lateral |vertical )*"
+    start = r"\b" if ours else r"^(?:please |we |let us |an? |lateral |vertical )*"
     found = []
     for move, place in _DIRECTIONS.items():
         after = rf"(?: the camera| camera| shot| move(?:ment)?)?(?: going)? (?:{place})\b"

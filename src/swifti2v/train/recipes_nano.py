@@ -235,6 +235,7 @@ class MadeUp:
     text: tuple[int, int] | None = None
     positions: tuple[int, ...] = ()
     references: int = 1
+    scored: bool = False
 
     def at(self, index: int) -> Batch:
         generator = seeded(0, index, "made up")
@@ -247,7 +248,8 @@ class MadeUp:
         image = torch.randn(self.count, 257, self.image_dim, generator=generator) if self.image_dim else None
         prompts = tuple(f"pan left, picture {index} {item}" for item in range(self.count))
         frames = torch.tensor(self.positions or tuple(range(self.blocks)))
-        return Batch(clean, reference, frames, self.context, text, prompts, image)
+        score = 3 * torch.rand(self.count, generator=generator) if self.scored else None
+        return Batch(clean, reference, frames, self.context, text, prompts, image, score)
 
 
 @dataclass(frozen=True)

@@ -158,12 +158,16 @@ class Kept:
             self._keep(path, self.source.at(index))
         with np.load(path) as kept:
             clean, reference = (torch.from_numpy(kept[name]).float() for name in ("clean", "reference"))
-            return Batch(clean, reference, torch.from_numpy(kept["frame_indices"]), int(kept["context"]))
+            score = torch.from_numpy(kept["motion_score"]) if "motion_score" in kept else None
+            places, context = torch.from_numpy(kept["frame_indices"]), int(kept["context"])
+            return Batch(clean, reference, places, context, motion_score=score)
 
     def _keep(self, path: Path, batch: Batch) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         rounded = {name: getattr(batch, name).to(torch.float16).numpy() for name in ("clean", "reference")}
+        if batch.motion_score is not None:
+            rounded["motion_score"] = batch.motion_score.numpy()
         with open(temporary, "wb") as file:
             np.savez(file, **rounded, frame_indices=batch.frame_indices.numpy(), context=np.array(batch.context))
         os.replace(temporary, path)
