@@ -1,9 +1,9 @@
-"""Does the camera go where the sentence says? 100 held-out pairs of photo and prompt, motion measured by optical flow.
+"""Does the camera go where the sentence says? Held-out pairs of photo and prompt, motion measured by optical flow.
 
     python scripts/fetch_photos.py && pip install '.[evaluate]'          # once
     python benchmarks/prompted_motion.py --record
 
-The hand-written prompts of benchmarks/prompts.py, in turn over the held-out photos; Stage I alone (81 frames at
+The 112 hand-written prompts of prompts_2.txt, in turn over the held-out photos; Stage I alone (81 frames at
 320x192, or 192x320 for portraits, the preset's steps), decoded; the camera's path is fitted to classical flow between
 the frames (``evaluate.optical_flow``) and judged by its ``agreement``. No motion word asks for a slow zoom in.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import common
 import torch
-from prompts import HAND_WRITTEN, parsed_lines
+from prompts import hand_written
 
 from swifti2v import presets
 from swifti2v.camera import Motion
@@ -33,15 +33,15 @@ SIZES = (Size(1280, 768), Size(768, 1280))  # Stage II's; Stage I works at a qua
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--data", type=Path, default=common.REPOSITORY / "data")
-    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=112)
     asked = common.parsed(parser, arguments)
     torch.set_num_threads(asked.threads or 1)
-    record = common.Record("In how many of 100 pairs does the camera go where the prompt says?", asked, __file__)
+    record = common.Record("In how many pairs does the camera go where the prompt says?", asked, __file__)
     with common.workplace(asked) as (_, model):
         pipeline = SwiftI2VPipeline.from_pretrained(str(model or "nano"))
         pipeline.set_progress_bar_config(disable=True)
         photos = [common.PHOTO] if asked.tiny else held_out(asked.data)
-        prompts = parsed_lines(HAND_WRITTEN)
+        prompts = hand_written("prompts_2")
         rows = []
         for number in range(2 if asked.tiny else asked.pairs):
             prompt, code = prompts[number % len(prompts)]

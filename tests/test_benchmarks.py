@@ -85,7 +85,7 @@ def test_plan_accuracy(script: ModuleType, weights: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("script", ["prompts"], indirect=True)
 def test_prompts(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert line_of(script, weights, capsys)["results"]["hand_written"]["of"] == 9
+    assert line_of(script, weights, capsys)["results"]["prompts_1"]["of"] == 9
 
 
 @pytest.mark.parametrize("script", ["prompted_motion"], indirect=True)
