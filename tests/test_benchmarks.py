@@ -92,3 +92,13 @@ def test_prompts(script: ModuleType, weights: Path, capsys: pytest.CaptureFixtur
 def test_prompted_motion(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = line_of(script, weights, capsys)["results"]
     assert 0 <= results["right"] <= 2 and results["share"] == results["right"] / 2
+
+
+@pytest.mark.parametrize("script", ["mobile"], indirect=True)
+def test_mobile(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = line_of(script, weights, capsys)["results"]
+    assert [row["tokens"] for row in results["layers"]["softmax"]] == [16, 64]
+    assert set(results["network"]) == {"reference", "channels-first"}
+    assert all(row["best"] > 0 and 20 < row["peak_mb"] < 2000 for row in results["network"].values())
+    rows = [{"tokens": n, "best": 1e-6 * n**1.5} for n in (100, 200, 400)]
+    assert script.exponents(rows) == {"fitted": 1.5, "between": [1.5, 1.5]}

@@ -383,6 +383,6 @@ def test_plan_models_doctor(here: Path, weights: Path) -> None:
     assert json.loads(run("plan", "--preset", "wan", "--json").stdout)["flops"] > 1e15
     assert generate(weights, "--dry-run").exit_code == 0 and [path.name for path in here.iterdir()] == ["photo.png"]
     listed = json.loads(run("models", "list", "--json").stdout)
-    assert [row["preset"] for row in listed] == ["nano", "wan", "wan-refine"]
+    assert [row["preset"] for row in listed] == ["nano", "wan", "wan-refine", "mobile", "mobile-nano"]
     checks = json.loads(run("doctor", "--quick", "--json").stdout)
     assert {"torch", "h264", "conv3d", "disk free here"} <= {row["check"] for row in checks}

@@ -17,7 +17,8 @@ NANO = get("nano")
 
 
 def resolved(preset: str = "nano", **fields: Any) -> tuple[Request, list[str]]:
-    return resolve(get(preset), **{"prompt": "zoom in", "seed": 1, **fields})
+    prompt = "zoom in" if get(preset).reads_text else ""
+    return resolve(get(preset), **{"prompt": prompt, "seed": 1, **fields})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -26,7 +27,8 @@ def test_every_preset_is_whole(name: str) -> None:
     assert preset.name == name and preset.title and preset.grid.is_legal(preset.grid.default_size)
     request, notices = resolved(name)
     assert notices == [] and check(request) is preset
-    assert request.size == preset.grid.default_size and request.num_frames == 81 and request.fps == 15
+    assert request.size == preset.grid.default_size and request.num_frames == preset.num_frames and request.fps == 15
+    assert preset.num_frames == (17 if preset.stages == 1 else 81)
     assert set(preset.defaults) <= set(Request.model_fields)
     blocks = preset.grid.blocks(request.num_frames)
     for generates in (False, True):
@@ -44,10 +46,13 @@ def test_every_preset_is_whole(name: str) -> None:
 
 
 def test_shown_presets_and_where_their_weights_come_from() -> None:
-    assert [name for name, preset in PRESETS.items() if not preset.hidden] == ["nano", "wan", "wan-refine"]
+    shown = ["nano", "wan", "wan-refine", "mobile", "mobile-nano"]
+    assert [name for name, preset in PRESETS.items() if not preset.hidden] == shown
+    assert get("mobile").folder is None and get("mobile-nano").folder == presets.package_folder() / "nano_mobile"
+    assert get("mobile-nano").vae_folder == presets.package_folder() / "nano" / "vae"
     assert NANO.folder == presets.package_folder() / "nano"
     assert get("wan").folder is None and get("tiny-nano").folder is None
-    with pytest.raises(UsageError, match=r"known presets: nano, wan, wan-refine$"):
+    with pytest.raises(UsageError, match=f"known presets: {', '.join(shown)}$"):
         get("huge")
 
 

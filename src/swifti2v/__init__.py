@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .core import Chunk, Event, Grid, Request, RunError, Size, UsageError
+    from .mobile import MobileI2VPipeline
     from .models.mobile_dit import MobileTransformer3DModel
     from .models.nano_vae import NanoVAE
     from .models.wan import SwiftI2VTransformer3DModel
@@ -21,6 +22,7 @@ _HOMES = {
     "Chunk": "core",
     "Event": "core",
     "Grid": "core",
+    "MobileI2VPipeline": "mobile",
     "MobileTransformer3DModel": "models.mobile_dit",
     "NanoVAE": "models.nano_vae",
     "Request": "core",
@@ -36,6 +38,7 @@ __all__ = [
     "Chunk",
     "Event",
     "Grid",
+    "MobileI2VPipeline",
     "MobileTransformer3DModel",
     "NanoVAE",
     "Request",

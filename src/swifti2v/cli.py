@@ -12,95 +12,16 @@ import json as json_text
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
+from .options import FILE, Options, option
+
 if TYPE_CHECKING:
     from .progress import Mode
-
-PHOTO, SIZE, CLIP, MODEL, FILE, RUN = "What to make", "Size", "How", "Model", "File", "Run"
-
-
-def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **settings)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``generate`` and ``plan`` can be told. ``None``: the preset's or ``core.Request``'s default."""
-
-    image: Annotated[str | None, _option(PHOTO, "The photo, which becomes the first frame.", metavar="PHOTO")] = None
-    prompt: Annotated[str | None, _option(PHOTO, "What should happen, in words.", metavar="TEXT")] = None
-    negative_prompt: Annotated[str | None, _option(PHOTO, "What should not happen.", metavar="TEXT")] = None
-    num_frames: Annotated[int | None, _option(PHOTO, "Frames, 4k+1 (default 81).")] = None
-    duration: Annotated[str | None, _option(PHOTO, "Length in seconds instead, e.g. 5s.", metavar="SECONDS")] = None
-    seed: Annotated[int | None, _option(PHOTO, "Same seed, same video (default: drawn and recorded).")] = None
-    fps: Annotated[float | None, _option(PHOTO, "Frames a second (default: the preset's).")] = None
-
-    size: Annotated[str | None, _option(SIZE, "Exact size, e.g. 2560x1408; crops the photo.", metavar="WxH")] = None
-    resolution: Annotated[
-        str | None, _option(SIZE, "360p, 720p, 1080p or 2k, in the photo's aspect (default 2k).", metavar="NAME")
-    ] = None
-    fit: Annotated[str | None, _option(SIZE, "auto, crop or pad.", metavar="HOW")] = None
-    strict: Annotated[bool, _option(SIZE, "Refuse sizes and lengths off the grid instead of snapping.", "--strict")] = (
-        False
-    )
-
-    num_inference_steps: Annotated[int | None, _option(CLIP, "Steps of stage I.")] = None
-    num_inference_steps_2: Annotated[int | None, _option(CLIP, "Steps of stage II.", "--num-inference-steps-2")] = None
-    guidance_scale: Annotated[float | None, _option(CLIP, "Prompt guidance of stage I (1: off).")] = None
-    guidance_scale_2: Annotated[
-        float | None, _option(CLIP, "Prompt guidance of stage II (1: off).", "--guidance-scale-2")
-    ] = None
-    shift: Annotated[float | None, _option(CLIP, "Flow shift of stage I's noise levels.")] = None
-    shift_2: Annotated[float | None, _option(CLIP, "Flow shift of stage II's noise levels.", "--shift-2")] = None
-    strength_2: Annotated[
-        float | None, _option(CLIP, "Noise level stage II starts from, 0-1 (wan-refine: 0.5).", "--strength-2")
-    ] = None
-    sampler_2: Annotated[
-        str | None, _option(CLIP, "euler, or renoise for few-step students.", "--sampler-2", metavar="NAME")
-    ] = None
-    segment_blocks: Annotated[int | None, _option(CLIP, "Latent blocks denoised together.")] = None
-    neighbor_blocks: Annotated[int | None, _option(CLIP, "Finished blocks they see.")] = None
-    rope_positions: Annotated[str | None, _option(CLIP, "clamped, absolute or window.", metavar="RULE")] = None
-    neighbor_timestep: Annotated[str | None, _option(CLIP, "zero or current.", metavar="RULE")] = None
-    neighbor_reference: Annotated[str | None, _option(CLIP, "reference or generated.", metavar="RULE")] = None
-    encode: Annotated[str | None, _option(CLIP, "lazy (first frames soon) or ahead.", metavar="WHEN")] = None
-    exact_first_frame: Annotated[
-        bool, _option(CLIP, "Frame 0 is the fitted photo itself, not its decoded latent.", "--exact-first-frame")
-    ] = False
-    motion: Annotated[
-        str | None, _option(CLIP, "Refine this low-resolution video instead of stage I.", metavar="FILE")
-    ] = None
-    preview: Annotated[bool, _option(CLIP, "Stop after stage I; resume the job to finish.", "--preview")] = False
-
-    preset: Annotated[str, _option(MODEL, "nano (default), wan, wan-refine.", metavar="NAME")] = "nano"
-    model: Annotated[str | None, _option(MODEL, "Folder with the preset's weights.", metavar="PATH")] = None
-    lora: Annotated[list[str] | None, _option(MODEL, "LoRA for stage I; repeatable.", metavar="PATH[:WEIGHT]")] = None
-    lora_2: Annotated[
-        list[str] | None, _option(MODEL, "LoRA for stage II; repeatable.", "--lora-2", metavar="PATH[:WEIGHT]")
-    ] = None
-
-    output: Annotated[
-        str | None, _option(FILE, "NAME.mp4; an existing folder; or NAME.png for a folder of PNGs.", metavar="FILE")
-    ] = None
-    codec: Annotated[str, _option(FILE, "h264 (default), h265 or av1.", metavar="NAME")] = "h264"
-    bit_depth: Annotated[int, _option(FILE, "8 (default) or 10.")] = 8
-    crf: Annotated[int | None, _option(FILE, "Quality of the codec, lower is better.")] = None
-    no_metadata: Annotated[bool, _option(FILE, "Do not write the request into the file.", "--no-metadata")] = False
-    keep_job: Annotated[bool, _option(FILE, "Keep the job folder when done.", "--keep-job")] = False
-
-    dtype: Annotated[str, _option(RUN, "auto (default), float32 or bfloat16.", metavar="NAME")] = "auto"
-    device: Annotated[str | None, _option(RUN, "cpu, cuda, cuda:1, mps (default: the best there is).")] = None
-    threads: Annotated[int | None, _option(RUN, "CPU threads.")] = None
-    dry_run: Annotated[bool, _option(RUN, "Check everything, print the plan, make nothing.", "--dry-run")] = False
-    json: Annotated[bool, _option(RUN, "Events as JSON lines on stdout.", "--json")] = False
-    quiet: Annotated[bool, _option(RUN, "Print nothing but errors.", "--quiet")] = False
-    debug: Annotated[bool, _option(RUN, "Show the traceback of an error.", "--debug")] = False
 
 
 class OneLineErrors(TyperGroup):
@@ -231,12 +152,12 @@ def rerun(
 @app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="FILE|DIR", help="A clip, or a folder of clips.")],
-    image: Annotated[str | None, _option(FILE, "The photo, if it is not found.", metavar="PHOTO")] = None,
-    reference: Annotated[str | None, _option(FILE, "A clip that it should look like.", metavar="CLIP")] = None,
-    json: Annotated[str | None, _option(FILE, "Write every number here.", metavar="OUT.json")] = None,
-    picture: Annotated[str | None, _option(FILE, "Draw frames and curves here.", metavar="OUT.png")] = None,
-    segment_frames: Annotated[int | None, _option(FILE, "Frames a segment, if the file does not say.")] = None,
-    overwrite: Annotated[bool, _option(FILE, "Replace files that exist.", "--overwrite")] = False,
+    image: Annotated[str | None, option(FILE, "The photo, if it is not found.", metavar="PHOTO")] = None,
+    reference: Annotated[str | None, option(FILE, "A clip that it should look like.", metavar="CLIP")] = None,
+    json: Annotated[str | None, option(FILE, "Write every number here.", metavar="OUT.json")] = None,
+    picture: Annotated[str | None, option(FILE, "Draw frames and curves here.", metavar="OUT.png")] = None,
+    segment_frames: Annotated[int | None, option(FILE, "Frames a segment, if the file does not say.")] = None,
+    overwrite: Annotated[bool, option(FILE, "Replace files that exist.", "--overwrite")] = False,
     debug: Debug = False,
 ) -> None:
     """How good is a clip? First frame, drift, flicker, seams, camera."""
@@ -247,6 +168,30 @@ def evaluate(
         with view("auto") as emit:
             rows = run(Asked(target, image, reference, json, picture, segment_frames, overwrite), emit)
         _print_rows(["measure", "value", ""], rows, as_json=False)
+
+
+@app.command()
+def export(
+    out: Annotated[str, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    model: Annotated[str, option(FILE, "A MobileI2V pipeline in diffusers layout.", metavar="FOLDER")],
+    size: Annotated[str | None, option(FILE, "WIDTHxHEIGHT, built in.", metavar="WxH")] = None,
+    num_frames: Annotated[int | None, option(FILE, "Length, built in.")] = None,
+    steps: Annotated[int | None, option(FILE, "Denoising steps, built in.")] = None,
+    formats: Annotated[list[str] | None, option(FILE, "onnx or coreml; repeat.", "--format")] = None,
+    precision: Annotated[str, option(FILE, "Of ONNX weights: float32, float16 or int8.")] = "float32",
+    debug: Debug = False,
+) -> None:
+    """MobileI2V as ONNX or Core ML graphs, with a script that needs only onnxruntime, numpy and pillow."""
+    with reported(debug):
+        from .core import Size
+        from .export.blueprints import Clip
+        from .export.bundle import export as write
+
+        clip = Clip(None if size is None else Size.parse(size), num_frames, steps)
+        wanted: Any = tuple(formats or ("onnx",))
+        kind: Any = precision
+        write(model, out, clip, formats=wanted, precision=kind)
+        print(out)
 
 
 @models.command("list")
@@ -272,7 +217,7 @@ def models_verify(write: Annotated[bool, typer.Option("--write", hidden=True)] =
 
 @models.command("convert")
 def models_convert(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A Wan transformer, in any published layout.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A Wan transformer in any layout, or MobileI2V's.")],
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to write it in diffusers layout.")],
     base: Annotated[str | None, typer.Option(metavar="PATH", help="Whole checkpoint under a partial FILE.")] = None,
     vae: Annotated[bool, typer.Option("--vae", help="FILE is a Wan VAE.")] = False,
@@ -281,10 +226,13 @@ def models_convert(
 ) -> None:
     """Read a checkpoint of another layout, report its keys, write it in diffusers layout."""
     with reported(debug):
+        from .mobile_weights import is_published, load_mobile
         from .weights import load_transformer, load_vae, write_diffusers
 
         if vae:
             model, report = load_vae(file, allow_pickle=allow_pickle)
+        elif is_published(file, allow_pickle=allow_pickle):
+            model, report = load_mobile(file, allow_pickle=allow_pickle)
         else:
             model, report = load_transformer(file, base=base, allow_pickle=allow_pickle)
         print(report)

@@ -24,6 +24,7 @@ MAX_PROMPT_CHARACTERS = 10_000
 
 Fit = Literal["auto", "crop", "pad"]
 RESOLUTIONS = {"360p": 640 * 352, "720p": 1280 * 704, "1080p": 1920 * 1088, "2k": 2560 * 1408}
+_ROWS = {"360p": 360, "720p": 720, "1080p": 1080, "2k": 1440}
 
 
 class UsageError(ValueError):
@@ -75,18 +76,24 @@ class Lattice:
 
     ``stride``: pixels per latent; ``patch``: latents per token side; ``channels``: of one latent;
     ``pads``: the DiT pads odd latent grids itself, so that the patch does not restrict sizes.
+    ``unit``: the VAE itself pads sides that are multiples of this to whole latents, and its decoder's surplus is cut.
     """
 
     stride: int
     patch: int
     channels: int
     pads: bool = False
+    unit: int | None = None
 
     @property
     def multiple(self) -> int:
+        if self.unit is not None:
+            return self.unit
         return self.stride if self.pads else self.stride * self.patch
 
     def latent_size(self, size: Size) -> Size:
+        if self.unit is not None:
+            return Size(-(-size.width // self.stride), -(-size.height // self.stride))
         return Size(size.width // self.stride, size.height // self.stride)
 
     def tokens_per_block(self, size: Size) -> int:
@@ -101,6 +108,7 @@ class Grid:
     ``scale`` is the ratio of Stage II to Stage I pixels (paper: 2560x1408 against 640x352, 4).
     ``stage_one_area``: if set, Stage I runs at its own legal size of about this area instead
     (``wan-refine``: the public Stage I was trained at 832x480).
+    A preset with one stage (MobileI2V) names its lattice twice, with ``scale`` 1.
     """
 
     stage_one: Lattice
@@ -132,8 +140,18 @@ class Grid:
             )
         return Size(self._nearest(size.width), self._nearest(size.height))
 
+    @property
+    def frame_rule(self) -> str:
+        """Which frame counts are legal, in words: one frame for block 0, then whole blocks."""
+        return f"{self.temporal_stride}k+1, k >= 1"
+
+    def area_of(self, resolution: str) -> int:
+        """Pixels of a resolution by name: 16:9, or what is nearest to it where sides go in coarse steps."""
+        fine = self.multiple <= 8
+        return _ROWS[resolution] ** 2 * 16 // 9 if fine else RESOLUTIONS[resolution]
+
     def snap_frames(self, num_frames: int) -> int:
-        """The nearest legal frame count 4k+1 (k >= 1); refuses non-positive and over-long clips."""
+        """The nearest legal frame count (``frame_rule``); refuses non-positive and over-long clips."""
         if isinstance(num_frames, bool) or not isinstance(num_frames, int):
             raise UsageError(f"num_frames {num_frames!r} is not a whole number, e.g. 81")
         s = self.temporal_stride
@@ -210,6 +228,7 @@ class Request(BaseModel):
     strength_2: float = Field(default=1.0, gt=0, le=1)
     csg: CSG = CSG()
     sampler_2: Literal["euler", "renoise"] = "euler"
+    motion_score: float | None = Field(default=None, ge=0, le=100)
     encode: Literal["lazy", "ahead"] = "lazy"
     exact_first_frame: bool = False
     image_sha256: str = ""

@@ -237,7 +237,7 @@ WAN22_VAE = WanVAECost(
 )
 
 
-Family = Literal["wan", "wan-refine", "nano"]
+Family = Literal["wan", "wan-refine", "nano", "mobile"]
 DiTCost = WanDiTCost | MobileDiTCost
 VAECost = WanVAECost | NanoVAECost
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import media, presets
 from .checkpoints import locate, read_metadata, sha256
@@ -26,12 +26,12 @@ from .segments import CSG
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .cli import Options
+    from .options import Options
     from .plan import Plan
 
 _DIRECT = (
     "negative_prompt", "fps", "num_inference_steps", "num_inference_steps_2", "guidance_scale",
-    "guidance_scale_2", "shift", "shift_2", "strength_2", "sampler_2", "encode",
+    "guidance_scale_2", "shift", "shift_2", "strength_2", "sampler_2", "encode", "motion_score",
 )  # fmt: skip
 _CSG = ("segment_blocks", "neighbor_blocks", "rope_positions", "neighbor_timestep", "neighbor_reference")
 
@@ -68,9 +68,10 @@ def prepare(options: Options) -> Order:
     """Check everything that ``generate`` needs. Raises UsageError; makes nothing."""
     if options.image is None:
         raise UsageError("--image is missing; give the photo to start from")
-    if options.prompt is None:
-        raise UsageError('--prompt is missing; say what should happen, e.g. --prompt "slow pan left"')
     preset = presets.get(options.preset)
+    if options.prompt is None and preset.reads_text:
+        raise UsageError('--prompt is missing; say what should happen, e.g. --prompt "slow pan left"')
+    _refuse_second_stage(options, preset)
     source = media.read_image(options.image)
     request, notices = request_of(options, preset, source.size, source.sha256)
     write = _write_options(options)
@@ -95,6 +96,17 @@ def prepare(options: Options) -> Order:
     )
     photo = fit_image(source.pixels, request.size, request.fit)
     return Order(manifest, photo, wanted, (*source.notes, *notices), options.preview)
+
+
+def _refuse_second_stage(options: Options, preset: Preset) -> None:
+    """UsageError for what a preset with one stage cannot do; what a request holds is checked with it."""
+    if preset.stages == 2:
+        return
+    for name, given in (("motion", options.motion), ("preview", options.preview)):
+        if given:
+            raise UsageError(f"--{name}: {preset.name} has one stage; leave it out")
+    if options.lora or options.lora_2:
+        raise UsageError(f"--lora: {preset.name} takes no LoRA files; leave it out")
 
 
 def request_of(options: Options, preset: Preset, photo: Size | None, sha256: str = "") -> tuple[Request, list[str]]:
@@ -137,12 +149,16 @@ def plan_of(options: Options) -> Plan:
 def planned(request: Request, preset: Preset, model: str | None) -> Plan:
     """What a request costs with these weights on this machine, as ``doctor`` measured it."""
     from .costs import read_nano
+    from .costs_mobile import read_mobile
     from .plan import plan, stored_calibration
 
-    networks = None
-    if preset.family == "nano" and model is not None and Path(model).is_dir():
+    networks: Any = None
+    if model is not None and Path(model).is_dir() and preset.family in ("nano", "mobile"):
         try:
-            networks = read_nano(Path(model), preset.prompt_tokens)
+            if preset.family == "nano":
+                networks = read_nano(Path(model), preset.prompt_tokens)
+            else:
+                networks = read_mobile(Path(model), preset.vae_folder)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"--model {Path(model).name} has an unusable config.json: {error}") from None
     return plan(request, preset, stored_calibration(), networks=networks)
@@ -193,6 +209,8 @@ def check_recorded(request: Request, write: WriteOptions, inputs: Inputs) -> Pre
 
 def check_weights(preset: Preset, model: str | None) -> None:
     """UsageError if the weights are certainly not there. What is on a hub is not looked up here."""
+    if preset.family == "mobile" and (model is None or "," in model):
+        _check_parts(preset, model)
     folder = Path(model) if model is not None else preset.folder
     if folder is None or (model is not None and ("," in model or (model.count("/") == 1 and not folder.exists()))):
         return
@@ -202,6 +220,23 @@ def check_weights(preset: Preset, model: str | None) -> None:
     held = _preset_in(folder)
     if held is not None and held != preset.name:
         raise UsageError(f"{folder.name} holds weights of {held}, not of {preset.name}; say --preset {held}")
+
+
+def _check_parts(preset: Preset, model: str | None) -> None:
+    """The folders that make up a MobileI2V (``sources.load``): all of them here, two or three."""
+    if model is None:
+        if preset.folder is None:
+            raise UsageError(
+                f"{preset.name} has no public weights in diffusers layout; give --model FOLDER, or "
+                "--model TRANSFORMER,LTX_VAE: swifti2v models convert makes the first of the authors' checkpoint"
+            )
+        return
+    parts = model.split(",")
+    if len(parts) not in (2, 3):
+        raise UsageError(f"--model {model!r} names {len(parts)} folders; give TRANSFORMER,LTX_VAE or also a decoder")
+    for name, part in zip(("transformer", "vae", "decoder"), parts, strict=False):
+        if not any((at / "config.json").is_file() for at in (Path(part), Path(part) / name)):
+            raise UsageError(f"--model: {part!r} is not a folder with a {name} in diffusers layout (no config.json)")
 
 
 def _preset_in(folder: Path) -> str | None:
@@ -275,7 +310,9 @@ def _wanted(output: str | None, stem: str, request: Request) -> Path:
 
 
 def location(model: str | None) -> str | None:
-    """A folder absolutely, since ``resume`` may run elsewhere; a hub name as it is."""
+    """A folder absolutely, since ``resume`` may run elsewhere; several too; a hub name as it is."""
+    if model is not None and "," in model:
+        return ",".join(str(location(part)) for part in model.split(","))
     return str(Path(model).absolute()) if model is not None and Path(model).exists() else model
 
 

@@ -11,12 +11,13 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from . import costs
 from .calibration import Calibration, calibrate, stored_calibration
 from .core import Grid, Request, Size
 from .costs import Networks
+from .plan_text import cells, duration, line, scaled
 from .segments import Window, motion_windows, windows
 
 __all__ = ["Calibration", "Plan", "Row", "calibrate", "plan", "stored_calibration"]
@@ -115,17 +116,17 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan as a plain text table."""
         head = ("phase", "windows", "tokens", "forwards", "FLOPs", "weights", "activations", "seconds")
-        table = [head, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        text = [_line(cells, widths) for cells in table]
-        text.append(f"total: {_scaled(self.flops, 'FLOP')}")
+        table = [head, *(cells(row) for row in self.rows)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        text = [line(row, widths) for row in table]
+        text.append(f"total: {scaled(self.flops, 'FLOP')}")
         if self.seconds is None:
             together = self.weight_bytes + self.activation_bytes
-            text.append(f"memory with everything on one device: {_scaled(together, 'B')}")
+            text.append(f"memory with everything on one device: {scaled(together, 'B')}")
         else:
-            text.append(f"memory of the process: about {_scaled(self.rss_bytes, 'B')}")
+            text.append(f"memory of the process: about {scaled(self.rss_bytes, 'B')}")
         text.append(
-            f"disk: {_scaled(self.disk_bytes, 'B')} while running, the file about {_scaled(self.file_bytes, 'B')}"
+            f"disk: {scaled(self.disk_bytes, 'B')} while running, the file about {scaled(self.file_bytes, 'B')}"
         )
         if self.seconds is None:
             text.append("time: not known for this model here")
@@ -133,7 +134,7 @@ class Plan:
             basis = (
                 "as measured by doctor" if self.calibrated else "by a reference machine; run doctor to measure yours"
             )
-            text.append(f"time: about {_duration(self.seconds)} ({basis})")
+            text.append(f"time: about {duration(self.seconds)} ({basis})")
         return text
 
 
@@ -143,14 +144,20 @@ def plan(
     """The cost of ``request`` with ``preset``.
 
     ``calibration``: this machine's constants (``stored_calibration()``); a reference machine's if None.
-    ``networks``: other networks than the preset's own. Raises UsageError if nano's configuration is not there.
+    ``networks``: other networks than the preset's own. Raises UsageError if a shipped configuration is not there.
     """
+    if preset.family == "mobile":
+        from .plan_mobile import plan_mobile
+
+        return plan_mobile(request, preset, calibration or Calibration(), cast(Any, networks))
     known = networks or costs.networks_of(preset.family, preset.folder, preset.prompt_tokens)
-    return _Planner(request, preset, known, calibration or Calibration()).plan()
+    return Planner(request, preset, known, calibration or Calibration()).plan()
 
 
 @dataclass(frozen=True)
-class _Planner:
+class Planner:
+    """One request, priced phase by phase."""
+
     request: Request
     preset: Planned
     networks: Networks
@@ -200,8 +207,8 @@ class _Planner:
         csg = self.request.csg
         return list(windows(self.blocks, segment_blocks=csg.segment_blocks, neighbor_blocks=csg.neighbor_blocks))
 
-    def plan(self) -> Plan:
-        rows = (
+    def rows(self) -> tuple[Row, ...]:
+        return (
             self._text(),
             self._image(),
             self._motion(),
@@ -211,6 +218,9 @@ class _Planner:
             self._decode(),
             self._write(),
         )
+
+    def plan(self) -> Plan:
+        rows = self.rows()
         photo = self.request.size.area * FRAME_BYTES
         resident = sum(row.resident_bytes for row in rows)
         peak = photo + max(row.activation_bytes + resident - row.resident_bytes for row in rows)
@@ -272,7 +282,7 @@ class _Planner:
         steps, scale = steps_and_scale
         passes = steps * (2 if scale > 1 else 1)
         if isinstance(network, costs.MobileDiTCost):
-            network = replace(network, dense=self.itemsize == 2)
+            network = replace(network, dense=self.nano and self.itemsize == 2)
         longest = max(len(window.blocks) for window in cut)
         flops = passes * sum(network.flops(len(window.blocks), tokens) for window in cut)
         latents = self._latent_bytes(phase, longest)
@@ -365,35 +375,3 @@ class _Planner:
         if decoded is not None:
             traffic = VAE_TRAFFIC * FRAME_BYTES * decoded.area * self.request.num_frames
         return flops / rate + traffic / self.calibration.copy_bytes if self.nano else None
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-    return "  ".join([first.strip().ljust(widths[0]), *others])
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        row.phase,
-        str(row.windows or "-"),
-        f"{row.tokens:,}" if row.tokens else "-",
-        str(row.forwards or "-"),
-        _scaled(row.flops, "FLOP") if row.flops else "-",
-        _scaled(row.weight_bytes, "B") if row.weight_bytes else "-",
-        _scaled(row.activation_bytes, "B") if row.activation_bytes else "-",
-        "-" if row.seconds is None else f"{row.seconds:.1f}",
-    )
-
-
-def _scaled(value: float, unit: str) -> str:
-    """Three digits and a decimal prefix: 7010000000000000 FLOP is 7.01 PFLOP."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if value < 999.5 or prefix == "P":
-            return f"{value:.3g} {prefix}{unit}"
-        value /= 1000
-    raise AssertionError
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from .core import MAX_SIDE, RESOLUTIONS, Fit, Grid, Lattice, Request, Size, UsageError
 from .segments import CSG
 
-Family = Literal["wan", "wan-refine", "nano"]
+Family = Literal["wan", "wan-refine", "nano", "mobile"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Preset:
     """``stage_one`` and ``stage_two``: a folder in this package (nano), or hub repositories in diffusers layout.
 
     ``overlap_blocks``: finished blocks that a Stage I continuation keeps at least (docs/decisions/0003).
+    ``num_frames``: of a clip whose length is not said.
     ``carries_detail``: the reference takes the photo's detail along the motion (``reference.carried_reference``).
+    ``vae``: a folder in this package that holds the VAE, if the weights' own folder does not (it is shared).
     ``defaults``: fields of ``Request`` that differ from its own defaults.
     """
 
@@ -37,6 +39,8 @@ class Preset:
     prompt_tokens: int = 512
     overlap_blocks: int = 5
     fps: float = 15.0
+    num_frames: int = 81
+    vae: str = ""
     carries_detail: bool = False
     hidden: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +48,26 @@ class Preset:
     @property
     def folder(self) -> Path | None:
         """Where the weights lie if they ship with the package."""
-        return package_folder() / self.stage_one if self.family == "nano" and self.stage_one else None
+        return package_folder() / self.stage_one if self.family in ("nano", "mobile") and self.stage_one else None
+
+    @property
+    def vae_folder(self) -> Path | None:
+        """Where the VAE ships, if it is shared with another preset."""
+        return package_folder() / self.vae if self.vae else None
+
+    @property
+    def stages(self) -> int:
+        """MobileI2V has one stage; its settings are those of ``Request`` without ``_2``."""
+        return 1 if self.family == "mobile" else 2
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the prompt matters."""
+        return self.family != "mobile"
+
+
+def _one_stage(lattice: Lattice, size: Size, **settings: int) -> Grid:
+    return Grid(stage_one=lattice, stage_two=lattice, scale=1, default_size=size, **settings)
 
 
 def package_folder() -> Path:
@@ -60,6 +83,11 @@ _WAN_TWO = Lattice(stride=16, patch=2, channels=48)
 _NANO = Lattice(stride=16, patch=2, channels=96, pads=True)
 _TINY_WAN_ONE = Lattice(stride=8, patch=2, channels=16)
 _TINY_WAN_TWO = Lattice(stride=16, patch=2, channels=4)
+_LTX = Lattice(stride=32, patch=1, channels=128, unit=4)
+_MOBILE_NANO = Lattice(stride=16, patch=1, channels=96)
+_TINY_LTX = Lattice(stride=32, patch=1, channels=8, unit=4)
+_MOBILE = {"num_inference_steps": 30, "shift": 3.0, "motion_score": 2.0, "csg": CSG(segment_blocks=2)}
+_MOBILE_NANO_DEFAULTS = {**_MOBILE, "csg": CSG(segment_blocks=4)}
 _REFINE = {
     "strength_2": 0.5,
     "num_inference_steps_2": 4,
@@ -96,6 +124,28 @@ PRESETS: dict[str, Preset] = {
             stage_one=WAN_STAGE_ONE,
             stage_two=WAN_STAGE_TWO,
             defaults=_REFINE,
+        ),
+        Preset(
+            name="mobile",
+            family="mobile",
+            title="MobileI2V at its true size: the authors' checkpoint (models convert) and an LTX VAE",
+            grid=_one_stage(_LTX, Size(1280, 720), temporal_stride=8, trained_blocks=3, max_frames=121),
+            stage_one="",
+            stage_two="",
+            overlap_blocks=1,
+            num_frames=17,
+            defaults=_MOBILE,
+        ),
+        Preset(
+            name="mobile-nano",
+            family="mobile",
+            title="a small MobileI2V on nano's VAE; no weights yet (docs/experiments.md says what failed)",
+            grid=_one_stage(_MOBILE_NANO, Size(320, 176)),
+            stage_one="nano_mobile",
+            stage_two="nano_mobile",
+            num_frames=17,
+            vae="nano/vae",
+            defaults=_MOBILE_NANO_DEFAULTS,
         ),
         Preset(
             name="tiny-nano",
@@ -138,6 +188,29 @@ PRESETS: dict[str, Preset] = {
             hidden=True,
             defaults={**_REFINE, "num_inference_steps": 2, "num_inference_steps_2": 2},
         ),
+        Preset(
+            name="tiny-mobile",
+            family="mobile",
+            title="mobile's twin for tests: tiny, random weights",
+            grid=_one_stage(_TINY_LTX, Size(128, 64), temporal_stride=8, trained_blocks=3, max_frames=121),
+            stage_one="",
+            stage_two="",
+            overlap_blocks=1,
+            num_frames=17,
+            hidden=True,
+            defaults={**_MOBILE, "num_inference_steps": 2},
+        ),
+        Preset(
+            name="tiny-mobile-nano",
+            family="mobile",
+            title="mobile-nano's twin for tests: tiny, random weights",
+            grid=_one_stage(_MOBILE_NANO, Size(128, 64)),
+            stage_one="",
+            stage_two="",
+            num_frames=17,
+            hidden=True,
+            defaults={**_MOBILE_NANO_DEFAULTS, "num_inference_steps": 2},
+        ),
     )
 }
 
@@ -157,7 +230,9 @@ def check(request: Request) -> Preset:
     if size != request.size:
         raise UsageError(f"size {request.size} is off the grid of {preset.name}; nearest legal value: {size}")
     if frames != request.num_frames:
-        raise UsageError(f"num_frames {request.num_frames} is off the grid: 4k+1 frames; nearest legal value: {frames}")
+        rule = preset.grid.frame_rule
+        raise UsageError(f"num_frames {request.num_frames} is off the grid: {rule}; nearest legal value: {frames}")
+    _listened_to(preset, request)
     return preset
 
 
@@ -185,10 +260,10 @@ def resolve(
     legal = preset.grid.snap(chosen)
     if legal != chosen:
         notices.append(_snap(f"size {chosen} is off the grid: multiples of {preset.grid.multiple}", legal, strict))
-    asked_frames = 81 if num_frames is None else num_frames
-    legal_frames = preset.grid.snap_frames(asked_frames)
-    if legal_frames != asked_frames:
-        notices.append(_snap(f"num_frames {asked_frames} is off the grid: 4k+1, k >= 1", legal_frames, strict))
+    asked = preset.num_frames if num_frames is None else num_frames
+    frames = preset.grid.snap_frames(asked)
+    if frames != asked:
+        notices.append(_snap(f"num_frames {asked} is off the grid: {preset.grid.frame_rule}", frames, strict))
     if seed is None or seed == -1:
         seed = secrets.randbelow(2**31)
         notices.append(f"seed drawn: {seed}")
@@ -199,14 +274,37 @@ def resolve(
             prompt=prompt,
             width=legal.width,
             height=legal.height,
-            num_frames=legal_frames,
+            num_frames=frames,
             seed=seed,
             fit=fit_used,
             **values,
         )
     except ValidationError as error:
         raise UsageError(_one_line(error)) from None
-    return request, notices
+    return request, [*notices, *_listened_to(preset, request)]
+
+
+def _listened_to(preset: Preset, request: Request) -> list[str]:
+    """UsageError for a setting that the preset would have to ignore, a notice for a prompt."""
+    if preset.family != "mobile":
+        if request.motion_score is not None:
+            raise UsageError(
+                f"motion_score {request.motion_score:g}: {preset.name} does not listen to it; mobile and mobile-nano do"
+            )
+        return []
+    if request.negative_prompt:
+        raise UsageError(f"negative_prompt: {preset.name} has no text; leave it out")
+    if request.guidance_scale > 1:
+        raise UsageError(
+            f"guidance_scale {request.guidance_scale:g}: {preset.name} has no text that could guide it; leave it at 1"
+        )
+    for name in ("num_inference_steps_2", "guidance_scale_2", "shift_2", "strength_2", "encode", "motion_sha256"):
+        if getattr(request, name) != Request.model_fields[name].default:
+            said = "motion" if name == "motion_sha256" else name
+            raise UsageError(f"{said}: {preset.name} has one stage and does not listen to it; leave it out")
+    if not request.prompt:
+        return []
+    return [f"{preset.name} does not read text: the prompt changes nothing (the motion score does)"]
 
 
 def _choose_size(
@@ -224,7 +322,7 @@ def _choose_size(
         return Size.parse(size), fit or "crop"
     if resolution is not None and resolution.lower() not in RESOLUTIONS:
         raise UsageError(f"resolution {resolution!r} is not known; known: {', '.join(RESOLUTIONS)}")
-    area = grid.default_size.area if resolution is None else RESOLUTIONS[resolution.lower()]
+    area = grid.default_size.area if resolution is None else grid.area_of(resolution.lower())
     aspect = photo.aspect if photo is not None and fit in (None, "auto") else grid.default_size.aspect
     if max(area * aspect, area / aspect) > MAX_SIDE**2:
         raise UsageError(f"photo aspect {aspect:.2f} is too extreme for {resolution or 'the default size'}; use --size")

@@ -29,7 +29,10 @@ from .origin import Origin, record_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .mobile import MobileI2VPipeline
     from .pipeline import SwiftI2VPipeline
+
+    Pipeline = SwiftI2VPipeline | MobileI2VPipeline
 
 Emit = Callable[[Event], None]
 VIDEO_SUFFIXES = (".mp4", ".m4v")
@@ -123,7 +126,7 @@ def differences(before: Origin | Manifest, found: dict[str, dict[str, str]]) -> 
                 yield f"{name} was {old}, is {new}"
 
 
-def _load(manifest: Manifest, clock: _Clock) -> SwiftI2VPipeline:
+def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
     """The pipeline, under the settings of the manifest. Raises UsageError or RunError, one line."""
     clock.say("progress", "load", manifest.model)
     from diffusers.utils import logging as diffusers_logging
@@ -152,7 +155,7 @@ def _load(manifest: Manifest, clock: _Clock) -> SwiftI2VPipeline:
         raise RunError(f"cannot load the model ({manifest.model}): {reason}") from error
 
 
-def _video(pipe: SwiftI2VPipeline, job: Job, clock: _Clock) -> Path:
+def _video(pipe: Pipeline, job: Job, clock: _Clock) -> Path:
     manifest, request = job.manifest, job.manifest.request
     target = job.folder.parent / manifest.output
     if os.path.lexists(target):
@@ -178,10 +181,12 @@ def _frames(chunks: Iterator[Chunk]) -> Iterator[Tensor]:
         del chunk
 
 
-def _preview(pipe: SwiftI2VPipeline, job: Job, clock: _Clock) -> Path:
+def _preview(pipe: Any, job: Job, clock: _Clock) -> Path:
     target = job.folder.parent / job.manifest.output
     media.release(target)
     small = media.unique_path(target.with_name(f"{target.stem}_preview.mp4"))
+    if pipe.preset.stages == 1:
+        raise UsageError(f"{pipe.preset.name} has one stage; there is nothing to preview")
     frames = pipe.motion(job.photo(), job.manifest.request, job=job, emit=clock.forward)
     try:
         media.write_video(small, frames, fps=job.manifest.request.fps)
@@ -191,7 +196,7 @@ def _preview(pipe: SwiftI2VPipeline, job: Job, clock: _Clock) -> Path:
     return small
 
 
-def _motion_pixels(pipe: SwiftI2VPipeline, manifest: Manifest) -> Iterator[Tensor] | None:
+def _motion_pixels(pipe: Pipeline, manifest: Manifest) -> Iterator[Tensor] | None:
     path, request = manifest.inputs.motion, manifest.request
     if path is None:
         return None

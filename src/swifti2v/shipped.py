@@ -24,7 +24,10 @@ def rows() -> list[list[str]]:
 
 def verify_shipped() -> int:
     """The number of shipped weight files, all as recorded. Raises UsageError naming the first that is not."""
-    folder = _folder()
+    return sum(_verified(folder) for folder in _folders())
+
+
+def _verified(folder: Path) -> int:
     problems = verify(folder, _recorded(folder))
     problems = [line for line in problems if line.split(":")[0] != MANIFEST]
     if problems:
@@ -35,17 +38,21 @@ def verify_shipped() -> int:
 
 def write_manifest() -> int:
     """Record the checksums of the weights as they are now (for a release); returns how many."""
-    folder = _folder()
-    hashes = {name: digest for name, digest in hash_files(folder).items() if name != MANIFEST}
-    (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
-    return len(hashes)
+    count = 0
+    for folder in _folders():
+        hashes = {name: digest for name, digest in hash_files(folder).items() if name != MANIFEST}
+        (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+        count += len(hashes)
+    return count
 
 
-def _folder() -> Path:
-    folder = presets.get("nano").folder
-    if folder is None or not (folder / "model_index.json").is_file():
+def _folders() -> list[Path]:
+    """The folders of weights in this package: nano's, and of the others those that are here."""
+    folders = [p.folder for p in presets.PRESETS.values() if p.folder is not None]
+    here = [folder for folder in folders if (folder / "model_index.json").is_file()]
+    if presets.get("nano").folder not in here:
         raise UsageError("this installation has no weights of nano; install swifti2v again")
-    return folder
+    return here
 
 
 def _recorded(folder: Path) -> dict[str, str]:
@@ -58,6 +65,8 @@ def _recorded(folder: Path) -> dict[str, str]:
 def _state(preset: Preset) -> str:
     if preset.folder is not None:
         return "here" if (preset.folder / "model_index.json").is_file() else "missing"
+    if preset.family == "mobile":
+        return "not here"
     found = [_in_cache(name) for name in dict.fromkeys((preset.stage_one, preset.stage_two))]
     return "in the hub's cache" if all(found) else "partly in the hub's cache" if any(found) else "not here"
 
@@ -71,6 +80,8 @@ def _in_cache(repository: str) -> bool:
 def _source(preset: Preset) -> str:
     if preset.folder is not None:
         return "this package"
+    if preset.family == "mobile":
+        return "the authors' checkpoint, converted: --model TRANSFORMER,LTX_VAE"
     if preset.family == "wan":
         return "not public yet: --model FOLDER"
     return f"huggingface.co: {preset.stage_one}, {preset.stage_two}"

@@ -32,14 +32,16 @@ from .models.camera_head import CameraHead
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.self_check import self_check_conv3d
+from .models.turbo_decoder import TurboDecoder
 from .models.wan import SwiftI2VTransformer3DModel
 from .presets import Preset
 
 if TYPE_CHECKING:
+    from .mobile import MobileI2VPipeline
     from .pipeline import SwiftI2VPipeline
 
 # from_pretrained finds a component's class only if its module has been imported.
-COMPONENTS = (CameraHead, MobileTransformer3DModel, NanoVAE, SwiftI2VTransformer3DModel)
+COMPONENTS = (CameraHead, MobileTransformer3DModel, NanoVAE, SwiftI2VTransformer3DModel, TurboDecoder)
 WEIGHTS = tuple(
     f"{stem}.safetensors{index}" for stem in ("diffusion_pytorch_model", "model") for index in (".index.json", "")
 )
@@ -69,25 +71,18 @@ def load(
     threads: int | None = None,
     loras: Sequence[tuple[str, float]] = (),
     loras_2: Sequence[tuple[str, float]] = (),
-) -> SwiftI2VPipeline:
+) -> SwiftI2VPipeline | MobileI2VPipeline:
     """A pipeline ready to run, placed on ``device`` in ``dtype``, with LoRA files attached to either stage.
 
-    ``model``: a folder (or hub repository) in diffusers layout written by ``SwiftI2VPipeline.save_pretrained``; for
-    wan-refine also two Wan repositories joined by a comma. Raises UsageError if there are no weights to load.
+    ``model``: a folder (or hub repository) in diffusers layout written by the pipeline's ``save_pretrained``; for
+    wan-refine also two Wan repositories joined by a comma, for mobile the folders of a converted checkpoint, an LTX VAE
+    and maybe a Turbo decoder. Raises UsageError if there are no weights to load.
     """
-    from .pipeline import SwiftI2VPipeline
-
     placement = choose_placement(device, dtype, threads)
     self_check_conv3d(str(placement.device))
-    if model is None and preset.family == "nano":
+    if model is None and preset.folder is not None:
         model = preset.name
-    if model is not None and "," not in model:
-        pipeline = SwiftI2VPipeline.from_pretrained(model)
-    elif preset.family == "wan-refine":
-        one, two = model.split(",", 1) if model is not None else (preset.stage_one, preset.stage_two)
-        pipeline = SwiftI2VPipeline.from_wan(one, two, preset=preset.name, torch_dtype=placement.dtype)
-    else:
-        raise UsageError(f"preset {preset.name!r} has no public weights; {_help_for(preset)}")
+    pipeline = _mobile(preset, model) if preset.family == "mobile" else _two_stages(preset, model, placement)
     if pipeline.preset.name != preset.name:
         raise RunError(f"{model} holds weights of {pipeline.preset.name}, not of {preset.name}")
     attached: tuple[tuple[Stage, Sequence[tuple[str, float]]], ...] = (("one", loras), ("two", loras_2))
@@ -99,6 +94,27 @@ def load(
         raise RunError(str(error)) from None
     place_pipeline(pipeline, placement)
     return pipeline
+
+
+def _mobile(preset: Preset, model: str | None) -> MobileI2VPipeline:
+    from .mobile import MobileI2VPipeline
+
+    if model is None:
+        raise UsageError(f"preset {preset.name!r} has no weights here; {_help_for(preset)}")
+    if "," in model:
+        return MobileI2VPipeline.from_parts(*model.split(",")[:3], preset=preset.name)
+    return MobileI2VPipeline.from_pretrained(model)
+
+
+def _two_stages(preset: Preset, model: str | None, placement: Placement) -> SwiftI2VPipeline:
+    from .pipeline import SwiftI2VPipeline
+
+    if model is not None and "," not in model:
+        return SwiftI2VPipeline.from_pretrained(model)
+    if preset.family == "wan-refine":
+        one, two = model.split(",", 1) if model is not None else (preset.stage_one, preset.stage_two)
+        return SwiftI2VPipeline.from_wan(one, two, preset=preset.name, torch_dtype=placement.dtype)
+    raise UsageError(f"preset {preset.name!r} has no public weights; {_help_for(preset)}")
 
 
 def refuse_gaps(components: Mapping[str, Any], folder: Path) -> None:
@@ -119,9 +135,9 @@ def refuse_gaps(components: Mapping[str, Any], folder: Path) -> None:
             raise RunError(f"{name}/{file.name} has what a {type(module).__name__} does not have: {some(surplus)}")
 
 
-def place_pipeline(pipeline: SwiftI2VPipeline, placement: Placement) -> None:
+def place_pipeline(pipeline: SwiftI2VPipeline | MobileI2VPipeline, placement: Placement) -> None:
     """Transformers and VAEs in the placement's dtype (their own float32 parts kept), encoders as loaded."""
-    for name in ("transformer", "transformer_2", "vae", "vae_2"):
+    for name in ("transformer", "transformer_2", "vae", "vae_2", "decoder"):
         place(getattr(pipeline, name, None), placement.device, placement.dtype)
     for name in ("text_encoder", "image_encoder", "camera"):
         place(getattr(pipeline, name, None), placement.device)
@@ -191,6 +207,8 @@ def _wan_components(source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _help_for(preset: Preset) -> str:
+    if preset.family == "mobile":
+        return "give --model FOLDER, or --model TRANSFORMER,LTX_VAE (folders; models convert makes the first)"
     if preset.family == "wan-refine":
         return f"give --model {presets.WAN_STAGE_ONE},{presets.WAN_STAGE_TWO} or two local folders"
     return "give --model FOLDER with a trained pipeline, use --preset wan-refine (public Wan weights), or --preset nano"

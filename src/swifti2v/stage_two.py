@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -89,16 +90,20 @@ def dit_velocity(
     trained_blocks: int,
     guidance_scale: float = 1.0,
     negative_text: Tensor | None = None,
+    motion_score: float | None = None,
 ) -> Velocity:
     """The velocity of a Stage II DiT (or nano's Stage I): per-block timesteps, block positions, reference channels.
 
     A DiT without reference channels (the public TI2V-5B) is given none. ``guidance_scale`` above 1 runs the
-    network a second time with ``negative_text`` and extrapolates, as diffusers does.
+    network a second time with ``negative_text`` and extrapolates, as diffusers does. ``motion_score``: how much is to
+    move, for a ``MobileTransformer3DModel`` that was built to be told.
     """
     takes_reference = transformer.config.in_channels != transformer.config.out_channels or getattr(
         transformer.config, "reference_channels", 0
     )
     predict = _with_positions if isinstance(transformer, POSITIONED) else _stock
+    if motion_score is not None:
+        predict = partial(_with_positions, motion_score=motion_score)
 
     def velocity(x: Tensor, sigma: float, window: Window, reference: Tensor) -> Tensor:
         positions = window.positions(csg.rope_positions, trained_blocks)
@@ -134,8 +139,10 @@ def _with_positions(
     text: Tensor | None,
     positions: tuple[int, ...],
     reference: Tensor | None,
+    motion_score: float | None = None,
 ) -> Tensor:
     dtype = model_dtype(transformer)
+    told = {} if motion_score is None else {"motion_score": x.new_full(x.shape[:1], motion_score, dtype=torch.float32)}
     return transformer(
         hidden_states=x.to(dtype),
         timestep=timestep,
@@ -143,6 +150,7 @@ def _with_positions(
         reference_hidden_states=None if reference is None else reference.to(dtype),
         frame_indices=torch.tensor(positions, device=x.device),
         return_dict=False,
+        **told,
     )[0]
 
 

@@ -5,19 +5,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanTransformer3DModel,
+)
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5EncoderModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from . import presets
+from .mobile import MobileI2VPipeline
 from .models.camera_head import CameraHead
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.text import nano_tokenizer
+from .models.turbo_decoder import TurboDecoder
 from .models.wan import SwiftI2VTransformer3DModel
 from .pipeline import SwiftI2VPipeline
 
@@ -41,12 +49,53 @@ def tiny_pipeline(family: str, seed: int = 0, trained: bool = True) -> SwiftI2VP
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         components = _nano() if family == "nano" else _wan(widen=family == "wan", trained=trained)
-        pipeline = SwiftI2VPipeline(**components, preset=f"tiny-{family}")
+        return _frozen(SwiftI2VPipeline(**components, preset=f"tiny-{family}"))
+
+
+def tiny_mobile(family: str = "mobile", seed: int = 0, turbo: bool = False) -> MobileI2VPipeline:
+    """The twin of "mobile" (with a Turbo decoder if ``turbo``) or of "mobile-nano", random weights from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae: Any = ltx_vae() if family == "mobile" else _nano_vae()
+        channels = vae.config.latent_channels if family == "mobile" else vae.latent_channels
+        nano: dict[str, Any] = {"reference_channels": channels, "prediction": "residual", "absolute_positions": True}
+        transformer = MobileTransformer3DModel(
+            in_channels=channels,
+            out_channels=channels,
+            hidden_size=48,
+            num_attention_heads=2,
+            attention_pattern=("linear", "softmax"),
+            **(nano if family == "mobile-nano" else {}),
+        )
+        nn.init.normal_(transformer.proj_out.weight, std=0.02)
+        small: dict[str, Any] = {"widths": (16, 16, 16, 16), "layers": (1, 1, 1, 1, 1), "depthwise_kernel": 3}
+        decoder = TurboDecoder(latent_channels=channels, **small) if turbo else None
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        return _frozen(MobileI2VPipeline(transformer, vae, scheduler, decoder, preset=f"tiny-{family}"))
+
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+
+def _frozen(pipeline: Pipeline) -> Pipeline:
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):
             module.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def ltx_vae() -> AutoencoderKLLTXVideo:
+    """LTX's VAE shape: stride 32, 8 frames a block, causal encoder and non-causal decoder."""
+    thin = (16, 16, 16, 16)
+    ones = (1, 1, 1, 1, 1)
+    return AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=thin,
+        decoder_block_out_channels=thin,
+        layers_per_block=ones,
+        decoder_layers_per_block=ones,
+    ).eval()
 
 
 def wan_vae_one() -> AutoencoderKLWan:

@@ -10,11 +10,10 @@ import torch
 import typer
 
 from ..core import RunError, UsageError
-from .distill import DISTILLATIONS
 from .export import export as export_weights
 from .loop import train
 from .recipe import Recipe
-from .recipes import RECIPES, changed, make
+from .recipes import changed, make, makers
 
 
 def main(
@@ -35,7 +34,7 @@ def main(
 ) -> None:
     """Train a recipe, or go on with it. A checkpoint is written whatever ends the run."""
     if names:
-        for name, maker in (RECIPES | DISTILLATIONS).items():
+        for name, maker in makers().items():
             typer.echo(f"{name:16} {(maker.__doc__ or '').splitlines()[0]}")
         return
     try:

@@ -42,7 +42,8 @@ CYCLE = 1000  # items after which every source of a mixture has had exactly its 
 class Pixels:
     """A clip before any VAE: ``frames`` uint8 (3, 4k+1, h, w); frame 0 is the photo.
 
-    ``kind``: film, synthetic, real or photo. ``motion``: the camera's, where it is known.
+    ``kind``: film, synthetic, real or photo. ``motion``: the camera's, where it is known. ``motion_score``: where it
+    was measured before (``motion_score.py``).
     """
 
     frames: Tensor
@@ -50,6 +51,7 @@ class Pixels:
     name: str
     kind: str
     motion: Motion | None = None
+    motion_score: float | None = None
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[0] != 3:
@@ -94,6 +96,7 @@ class Clip:
     ``clean`` (c, T, h, w), block 0 the anchor; ``reference`` (c or 2c, T, h, w), 2c where it is a pair;
     ``transition``: the reference made by stage transition (paper section 3.3), of the same shape; ``text`` (l, d).
     ``kind``: film, synthetic, real or photo. ``image`` (257, 1280): CLIP states of the photo, for Wan2.1-I2V.
+    ``motion_score``: how much the clip moves (``motion_score.py``), for MobileI2V.
     """
 
     clean: Tensor
@@ -105,6 +108,7 @@ class Clip:
     kind: str
     motion: Motion | None = None
     image: Tensor | None = None
+    motion_score: float | None = None
 
     def __post_init__(self) -> None:
         clean, reference = self.clean.shape, self.reference.shape

@@ -27,7 +27,7 @@ from ..models.mobile_dit import MobileTransformer3DModel
 from ..presets import WAN_STAGE_ONE
 from ..segments import CSG, Window
 from ..stage_one import Conditions, motion_velocity
-from ..stage_two import Velocity, dit_velocity
+from ..stage_two import Velocity, dit_velocity, guided
 from . import recipes_nano
 from .objective import SMALL_BASE, Batch, Levels, Network, Noisy, channel_error, noised, predict, text_states
 from .recipe import Loss, Parts, Recipe
@@ -35,29 +35,6 @@ from .recipes import TOY_CLIPS, Given, WholeShards, toy, with_lora
 
 POSITIONS_AS_GIVEN = CSG(rope_positions="absolute")  # a batch's frame_indices are positions already
 UNKNOWN_LENGTH = 1 << 30  # trained_blocks does not matter to absolute positions
-
-
-def teacher_velocity(
-    teacher: nn.Module, batch: Batch, text: Tensor | None, rule: Teacher, null: Tensor | None
-) -> Velocity:
-    """The frozen teacher as the samplers see it; ``null`` (l, d): negative text for guidance above 1."""
-    negative = None if null is None or text is None else null.to(text).expand_as(text)
-    if rule.guidance_scale != 1.0 and negative is None:
-        raise UsageError('a teacher guided above 1 needs constants["null_text"], the states of its negative prompt')
-    if rule.network == "wan_image":
-        told = Conditions(text, negative, batch.image, rule.guidance_scale)
-        return motion_velocity(teacher, told, CSG(rope_positions="window"), UNKNOWN_LENGTH)
-    scale = rule.guidance_scale
-    return dit_velocity(
-        teacher, text, POSITIONS_AS_GIVEN, trained_blocks=UNKNOWN_LENGTH, guidance_scale=scale, negative_text=negative
-    )
-
-
-def window_of(batch: Batch) -> Window:
-    """The window whose absolute positions are the batch's."""
-    places = tuple(batch.frame_indices.tolist())
-    anchor = places[0] if batch.context else None
-    return Window(anchor, places[1 : batch.context] if batch.context else (), places[batch.context :])
 
 
 @dataclass(frozen=True)
@@ -69,6 +46,37 @@ class Teacher:
 
 
 PLAIN, CRITIC_LEVELS = Teacher(), Levels(low=0.02)
+
+
+def teacher_velocity(
+    teacher: nn.Module, batch: Batch, text: Tensor | None, rule: Teacher = PLAIN, null: Tensor | None = None
+) -> Velocity:
+    """The frozen teacher as the samplers see it; ``null`` (l, d): negative text for guidance above 1."""
+    negative = None if null is None or text is None else null.to(text).expand_as(text)
+    if rule.guidance_scale != 1.0 and negative is None:
+        raise UsageError('a teacher guided above 1 needs constants["null_text"], the states of its negative prompt')
+    if rule.network == "wan_image":
+        told = Conditions(text, negative, batch.image, rule.guidance_scale)
+        return motion_velocity(teacher, told, CSG(rope_positions="window"), UNKNOWN_LENGTH)
+    scale = rule.guidance_scale
+    if batch.motion_score is not None:
+
+        def at_motion(x: Tensor, sigma: float, window: Window, reference: Tensor) -> Tensor:
+            levels = torch.tensor([window.sigmas(sigma, POSITIONS_AS_GIVEN)], device=x.device).expand(len(x), -1)
+            noisy = Noisy(x, levels, x, levels[:, -1], reference)
+            return guided(lambda states: predict(teacher, noisy, batch, states, "window"), text, negative, scale)
+
+        return at_motion
+    return dit_velocity(
+        teacher, text, POSITIONS_AS_GIVEN, trained_blocks=UNKNOWN_LENGTH, guidance_scale=scale, negative_text=negative
+    )
+
+
+def window_of(batch: Batch) -> Window:
+    """The window whose absolute positions are the batch's."""
+    places = tuple(batch.frame_indices.tolist())
+    anchor = places[0] if batch.context else None
+    return Window(anchor, places[1 : batch.context] if batch.context else (), places[batch.context :])
 
 
 @dataclass(frozen=True)
@@ -179,13 +187,13 @@ class DistributionMatching:
         broad = noisy.sigma[:, None, None, None, None]
         made = denoised(noisy.x[:, :, count:], velocity[:, :, count:], broad)
         fake = replace(item, clean=torch.cat([item.clean[:, :, :count], made.detach()], dim=2))
-        gradient, apart, corrected = self._gradient(parts, fake, text, noises[1], generator)
-        critic = self._critic_loss(parts, fake, text, noises[2], generator)
+        gradient, apart, corrected = self.correction(parts, fake, text, noises[1], generator)
+        critic = self.critic_loss(parts, fake, text, noises[2], generator)
         # Times 0 rather than left out: sharded processes that draw differently must still gather the same layers.
         return Loss((made * gradient).mean() * float(learns) + critic, apart, corrected)
 
     @torch.no_grad()
-    def _gradient(
+    def correction(
         self, parts: Parts, fake: Batch, text: Tensor | None, noise: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Where the student's clean output should not go: critic's estimate minus teacher's, of common size."""
@@ -200,9 +208,10 @@ class DistributionMatching:
         size = (made - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-4)
         return (critic - real) / size, (critic - real).square().mean(), (made - real).square().mean()
 
-    def _critic_loss(
+    def critic_loss(
         self, parts: Parts, fake: Batch, text: Tensor | None, noise: Tensor, generator: torch.Generator
     ) -> Tensor:
+        """How badly the critic denoises ``fake``, whose segment the student made."""
         noisy = noised(fake, self.levels.draw(len(fake.clean), generator), noise, POSITIONS_AS_GIVEN)
         guess = predict(parts.modules["critic"], noisy, fake, text, self.teacher.network)
         return (guess - velocity_of(fake.clean, noisy.noise))[:, :, fake.context :].square().mean()

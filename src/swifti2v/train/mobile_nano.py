@@ -24,23 +24,27 @@ from ..core import Size, UsageError
 from ..models.mobile_dit import MobileTransformer3DModel
 from ..models.nano_vae import NanoVAE
 from ..motion_score import PAIRS, SCORE_SIZE, motion_score
+from ..reference import resize
 from ..segments import Window
+from .film import Shot
 from .nano import block_frames, encode_blocks
 from .objective import Batch, FlowMatching, Levels
 from .recipe import Parts, Recipe
+from .recipes import Given, toy
 from .recipes_nano import MadeUp, Passes, channel_weights, film_shots, load_vae, made_up, package
 from .samples import WindowVideos
 from .source import Source
 from .synthetic import make_scene, render
-from .windows import Frames, Kept, Material, film_frames
+from .windows import Frames, Kept, Material
 
-SIZES = ((Size(384, 224), 0.35), (Size(512, 288), 0.3), (Size(288, 288), 0.2), (Size(224, 384), 0.15))
+SIZES = ((Size(160, 96), 0.45), (Size(320, 176), 0.2), (Size(96, 160), 0.15), (Size(128, 128), 0.2))  # a quarter
 SEGMENT, NEIGHBORS = 4, 1
 STARTS = ((1, 0.6), (5, 0.16), (9, 0.12), (13, 0.06), (17, 0.06))
 FILM, STILL = 0.25, 0.3  # share of windows that are film; of pushes that go into a still of film
 SCORES = (0.15, 5.0)  # drawn evenly by logarithm
-COUNT = 2  # windows a batch
-PASSES = 900  # batches, gone through again and again
+LIVELIEST = 8.0  # film that moves more than this is left out
+COUNT = 8  # windows a batch
+PASSES = 220  # batches, gone through again and again
 SHIFT = 3.0
 NETWORK: dict[str, Any] = {
     "in_channels": 96,
@@ -102,11 +106,10 @@ class MobileWindows:
 
     def _item(self, size: Size, window: Window, rng: random.Random) -> tuple[Tensor, Tensor, float]:
         vae, last = self.material.vae, 4 * window.blocks[-1]
-        frames = film_frames(self.material.shots, size, last, rng) if rng.random() < FILM else None
-        if frames is None:
+        frames = small_film(self.material.shots, size, last, rng) if rng.random() < FILM else None
+        score = math.inf if frames is None else motion_score(frames(list(range(PAIRS[-1][1] + 1))))
+        if frames is None or score > LIVELIEST:
             frames, score = self._push(size, last, rng)
-        else:
-            score = motion_score(frames(list(range(17))))
         photo = frames([0])
         true = frames([frame for block in window.blocks[1:] for frame in block_frames(block)])
         clean = encode_blocks(vae, photo, true)
@@ -129,6 +132,27 @@ class MobileWindows:
             return self.material.photos.pick(rng)
         shot = rng.choice(shots)
         return torch.from_numpy(shot.frames[rng.randrange(len(shot.frames))].copy()).permute(2, 0, 1)
+
+
+def small_film(shots: Sequence[Shot], size: Size, last: int, rng: random.Random) -> Frames | None:
+    """A random part of a random shot that lasts beyond frame ``last``, shrunk to ``size``; None if there is none."""
+    fitting = [shot for shot in shots if len(shot.frames) > last]
+    if not fitting:
+        return None
+    shot = rng.choice(fitting)
+    rows, columns = shot.frames.shape[1:3]
+    largest = min(rows / size.height, columns / size.width)
+    ratio = largest * rng.uniform(0.6, 1.0)
+    height, width = round(size.height * ratio), round(size.width * ratio)
+    top, left = rng.randint(0, rows - height), rng.randint(0, columns - width)
+    part = Shot(shot.name, shot.frames[:, top : top + height, left : left + width])
+    begin, mirrored = rng.randint(0, len(shot.frames) - last - 1), rng.random() < 0.5
+
+    def frames(indices: list[int]) -> Tensor:
+        small = torch.stack([resize(frame, size) for frame in part.clip(begin, indices).unbind(1)], dim=1)
+        return small.flip(3) if mirrored else small
+
+    return frames
 
 
 def parts(tiny: bool, base: str | None = None) -> Parts:
@@ -159,6 +183,12 @@ def source(data: Sequence[Path], tiny: bool) -> Any:
     return partial(windows, listing=data[0], seed=0)
 
 
+def mobile_nano_teacher(given: Given) -> Recipe:
+    """mobile-nano in many steps, from photos and the film beside them (photos.jsonl)."""
+    recipe = mobile_nano(given.data, given.tiny, given.base)
+    return toy(recipe, lr=3e-3) if given.tiny else recipe
+
+
 def mobile_nano(data: tuple[Path, ...] = (), tiny: bool = False, base: str | None = None) -> Recipe:
     """mobile-nano's many-step teacher: MobileI2V's objective, the conditioned blocks masked out of the loss."""
     return Recipe(
@@ -166,9 +196,9 @@ def mobile_nano(data: tuple[Path, ...] = (), tiny: bool = False, base: str | Non
         partial(parts, tiny, base),
         source(data, tiny),
         FlowMatching(Levels(SHIFT, low=0.02, one=0.1, law="logit-normal"), "residual"),
-        steps=4500,
+        steps=1050,
         lr=1e-3 if base is None else 5e-4,
-        decay=2000,
+        decay=650,
         optimizer="muon",
         sample=WindowVideos(partial(load_vae, package("vae")), steps=30, shift=SHIFT),
     )

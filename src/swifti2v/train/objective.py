@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flow import add_noise, denoised, shifted, velocity_of
+from ..models.mobile_dit import MobileTransformer3DModel
 from ..models.text import encode_prompts
 from ..segments import CSG, Window
 from .recipe import Loss, Parts
@@ -95,6 +96,7 @@ def window_batch(
         reference.append(held[:, rows].float())
     texts = [clip.text for clip in clips if clip.text is not None]
     images = [image for clip in clips if (image := getattr(clip, "image", None)) is not None]
+    scores = [score for clip in clips if (score := getattr(clip, "motion_score", None)) is not None]
     return Batch(
         torch.stack(clean),
         torch.stack(reference),
@@ -103,6 +105,7 @@ def window_batch(
         text=torch.stack(texts) if len(texts) == len(clips) else None,
         prompts=tuple(clip.prompt for clip in clips),
         image=torch.stack(images) if len(images) == len(clips) else None,
+        motion_score=torch.tensor(scores) if len(scores) == len(clips) else None,
     )
 
 
@@ -162,15 +165,16 @@ Network = Literal["window", "wan_image"]
 
 def predict(model: nn.Module, noisy: Noisy, batch: Batch, text: Tensor | None, network: Network) -> Tensor:
     """The network's velocity, float32. "window": a level and a position a block and reference channels (both kinds
-    of Stage II, nano's Stage I). "wan_image": Wan2.1-I2V with 16 noise + 4 mask + 16 condition channels, one level
-    for all blocks, CLIP states; the reference holds the condition's latents."""
+    of Stage II, nano's Stage I), but for a MobileI2V without any. "wan_image": Wan2.1-I2V with 16 noise + 4 mask + 16
+    condition channels, one level for all blocks, CLIP states; the reference holds the condition's latents."""
     if network == "window":
+        bare = isinstance(model, MobileTransformer3DModel) and model.reference_channels == 0
         listens = {} if batch.motion_score is None else {"motion_score": batch.motion_score}
         return model(
             hidden_states=noisy.x,
             timestep=1000 * noisy.levels,
             encoder_hidden_states=text,
-            reference_hidden_states=noisy.reference,
+            reference_hidden_states=None if bare else noisy.reference,
             frame_indices=batch.frame_indices,
             return_dict=False,
             **listens,
@@ -240,10 +244,10 @@ class FlowMatching:
 
 
 def sole(parts: Parts, key: str) -> nn.Module:
-    """The trained network called ``key``, or the only one."""
+    """The trained network called ``key``, or the only one that is not there for the training alone."""
     if key:
         return parts.modules[key]
-    (model,) = parts.modules.values()
+    (model,) = (module for name, module in parts.modules.items() if name not in parts.inner)
     return model
 
 

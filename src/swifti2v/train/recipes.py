@@ -280,11 +280,21 @@ MAKERS: tuple[Maker, ...] = (stage_one_lora, stage_two, vae, nano_vae, nano_text
 RECIPES: dict[str, Maker] = {maker.__name__: maker for maker in MAKERS}
 
 
+def makers() -> dict[str, Maker]:
+    """Every recipe by name, those defined in terms of the ones here too."""
+    from .distill import DISTILLATIONS
+    from .mobile import mobile
+    from .mobile_distill import STUDENTS
+    from .mobile_nano import mobile_nano_teacher
+    from .turbo import turbo
+
+    own = {"mobile": mobile, "mobile_nano": mobile_nano_teacher, "turbo": turbo}
+    return RECIPES | own | DISTILLATIONS | STUDENTS
+
+
 def make(name: str, data: tuple[Path, ...] = (), *, base: str | None = None, tiny: bool = False) -> Recipe:
     """The recipe of that name. ``data``: what it trains on; ``base``: weights it starts from, if not its default."""
-    from .distill import DISTILLATIONS
-
-    known = RECIPES | DISTILLATIONS
+    known = makers()
     if name not in known:
         raise UsageError(f"recipe {name!r} is not known; known: {', '.join(known)}")
     for path in data:

@@ -184,9 +184,16 @@ def packed(clip: Clip, dtype: torch.dtype) -> tuple[bytes, dict[str, Any]]:
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise RunError(f"{clip.name}: {name} is not finite as {dtype}; use bfloat16, or look at the VAE")
-    meta = {"name": clip.name, "prompt": clip.prompt, "kind": clip.kind, "shape": list(clip.clean.shape)}
+    meta: dict[str, Any] = {
+        "name": clip.name,
+        "prompt": clip.prompt,
+        "kind": clip.kind,
+        "shape": list(clip.clean.shape),
+    }
     if clip.motion is not None:
         meta["motion"] = list(clip.motion.__dict__.values())
+    if clip.motion_score is not None:
+        meta["motion_score"] = clip.motion_score
     return to_safetensors(tensors), meta
 
 
@@ -198,7 +205,9 @@ def unpacked(data: bytes, meta: Mapping[str, Any]) -> Clip:
     }
     motion = Motion(*meta["motion"]) if "motion" in meta else None
     latents = (tensors["clean"].float(), tensors["reference"].float(), values["transition"])
-    return Clip(*latents, values["text"], meta["prompt"], meta["name"], meta["kind"], motion, values["image"])
+    words = (meta["prompt"], meta["name"], meta["kind"])
+    image, score = values["image"], meta.get("motion_score")
+    return Clip(*latents, values["text"], *words, motion=motion, image=image, motion_score=score)
 
 
 def report_of(folder: Path) -> Report:

@@ -1,0 +1,328 @@
+"""MobileI2VPipeline: one photo and a number in, a short video out, in one stage (arXiv 2511.21475).
+
+photo -> block 0, the anchor -> segments of blocks, denoised around it -> pixel chunks. The loop is Stage II's
+(``stage_two.refine``); what is told is not a sentence but ``motion_score``, how much is to move. There is no text and
+so nothing to guide by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLLTXVideo, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.ltx.pipeline_output import LTXPipelineOutput
+from diffusers.utils import logging
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor, nn
+
+from . import flow, presets
+from .checkpoints import hash_files, read_json
+from .core import Chunk, Request, UsageError
+from .images import read_image
+from .memory import Placement
+from .models.causal_vae import decode_stream, encode_stream
+from .models.ltx_vae import LTXCodec
+from .models.mobile_dit import MobileTransformer3DModel
+from .models.nano_vae import NanoVAE
+from .models.turbo_decoder import TurboDecoder
+from .pipeline import Emit, Journal, Reporter, without_gradients
+from .reference import fit_image, static_video
+from .segments import Window, windows
+from .sources import fingerprint, local_folder, refuse_gaps
+from .stage_two import Sampling, dit_velocity, refine
+
+logger = logging.get_logger(__name__)
+FEW_STEPS = 4
+"""Up to so many steps the network is a distilled one, trained at exactly these levels."""
+
+
+def levels(steps: int, shift: float) -> tuple[float, ...]:
+    """The noise levels of a run: ``steps`` + 1 of them, from 1 down to 0.
+
+    Students (up to 4 steps): evenly spaced, then shifted: at shift 3 two steps are 1, .75, 0. More steps: as
+    the published network was sampled, by diffusers' ``set_timesteps``, which shifts its smallest level (1/1000) twice:
+    1, .9883, .9760, ... .0089, 0 for 30 (with 2 steps that grid would be 1, .0089, 0).
+    """
+    if steps <= FEW_STEPS:
+        return flow.sigmas(steps, shift)
+    lowest = flow.shifted(1 / 1000, shift)
+    return (*(flow.shifted(1 + (lowest - 1) * i / (steps - 1), shift) for i in range(steps)), 0.0)
+
+
+class MobileI2VPipeline(DiffusionPipeline):
+    """Image-to-video with a ``MobileTransformer3DModel`` on the latents of an LTX VAE or of nano's.
+
+    ``decoder``: a ``TurboDecoder`` in place of the LTX VAE's own. ``preset`` names the grid and the defaults
+    (``presets.PRESETS``). ``latent_norm``: what latents the transformer was trained on, "raw" or "per_channel"
+    (``LTXCodec``); None is raw for an LTX VAE (the published network) and per_channel for nano's, which knows no other.
+    Raises ValueError if the parts do not fit each other.
+    """
+
+    model_cpu_offload_seq = "transformer->vae->decoder"
+    _optional_components = ["decoder"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        vae: nn.Module,
+        scheduler: Any,
+        decoder: nn.Module | None = None,
+        preset: str = "mobile",
+        latent_norm: str | None = None,
+    ) -> None:
+        super().__init__()
+        latent_norm = latent_norm or ("per_channel" if isinstance(vae, NanoVAE) else "raw")
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, decoder=decoder)
+        self.register_to_config(preset=preset, latent_norm=latent_norm)
+        self.preset = presets.get(preset)
+        _refuse_misfits(transformer, vae, decoder, self.preset, latent_norm)
+        self.placement: Placement | None = None
+        self.sources: tuple[Path, ...] = ()
+        self.video_processor = VideoProcessor(vae_scale_factor=self.preset.grid.stage_two.stride)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MobileI2VPipeline:
+        """Load a folder in diffusers layout, or a hub repository.
+
+        A folder without ``vae/`` whose preset shares a VAE of this package is completed with that one.
+        """
+        folder = local_folder(str(pretrained_model_name_or_path), kwargs.get("local_files_only", False))
+        sources: tuple[Path, ...] = (folder,)
+        given = dict(kwargs)
+        shared = _shared_vae(folder) if "vae" not in kwargs and not (folder / "vae").is_dir() else None
+        if shared is not None:
+            given["vae"] = NanoVAE.from_pretrained(shared)
+            refuse_gaps({"vae": given["vae"]}, shared.parent)
+            sources = (folder, shared)
+        pipeline = super().from_pretrained(str(folder), **given)
+        if "variant" not in kwargs:
+            refuse_gaps({name: part for name, part in pipeline.components.items() if name not in given}, folder)
+        pipeline.sources = sources
+        return pipeline
+
+    @classmethod
+    def from_parts(
+        cls,
+        transformer: str | Path,
+        vae: str | Path,
+        decoder: str | Path | None = None,
+        *,
+        preset: str = "mobile",
+        latent_norm: str = "raw",
+    ) -> MobileI2VPipeline:
+        """From folders in diffusers layout: a converted checkpoint, an LTX VAE, and maybe a ``TurboDecoder``.
+
+        Raises UsageError if one is not a folder with a ``config.json``, RunError if its weights have gaps.
+        """
+        asked = {"transformer": (MobileTransformer3DModel, transformer), "vae": (AutoencoderKLLTXVideo, vae)}
+        if decoder is not None:
+            asked["decoder"] = (TurboDecoder, decoder)
+        parts, sources = dict[str, Any](), []
+        for name, (kind, where) in asked.items():
+            folder = Path(where) / name if (Path(where) / name).is_dir() else Path(where)
+            if not (folder / "config.json").is_file():
+                raise UsageError(f"{str(where)!r} is not a folder with a {name} in diffusers layout (no config.json)")
+            parts[name] = kind.from_pretrained(folder)
+            refuse_gaps({folder.name: parts[name]}, folder.parent)
+            sources.append(folder)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        pipeline = cls(**parts, scheduler=scheduler, preset=preset, latent_norm=latent_norm)
+        pipeline.sources = tuple(sources)
+        return pipeline
+
+    def fingerprint(self) -> dict[str, dict[str, str]]:
+        """``model_hashes``, ``versions`` and ``settings``: with these and the request, latents repeat exactly."""
+        found = fingerprint(self.sources[:1], self.placement)
+        for part, folder in zip(("vae", "decoder"), self.sources[1:], strict=False):
+            found["model_hashes"] |= {f"{part}/{name}": digest for name, digest in hash_files(folder).items()}
+        return found
+
+    @without_gradients
+    def stream(
+        self,
+        photo: Tensor,
+        request: Request,
+        *,
+        job: Journal | None = None,
+        motion: Iterable[Tensor] | None = None,
+        emit: Emit | None = None,
+    ) -> Iterator[Chunk]:
+        """Make the clip: frame 0, then the frames of every segment.
+
+        Arguments as ``SwiftI2VPipeline.stream``; ``motion`` must be None, there is no stage that it could replace.
+        With nano's VAE each chunk comes before the next segment is denoised; an LTX decoder sees the whole clip, so
+        that there all chunks come at the end. Raises ValueError if the photo has another size than the request.
+        """
+        expected = (1, 3, 1, request.height, request.width)
+        if tuple(photo.shape) != expected:
+            raise ValueError(f"photo has shape {tuple(photo.shape)}, the request needs {expected}; use fit_image")
+        if motion is not None:
+            raise ValueError("motion is given: MobileI2V has one stage, which cannot be replaced by a video")
+        report, total = Reporter(emit), len(self._windows(request))
+        photo = photo.to(self._execution_device, torch.float32)
+        report("started", "run", total=total, message=f"{request.num_frames} frames of {request.size}")
+        start = number = 0
+        for pixels in self._decoded(self._denoised(photo, request, job, report), photo, report):
+            if number == 0 and request.exact_first_frame:
+                pixels = photo
+            yield Chunk(pixels, start, number, total)
+            start, number = start + pixels.shape[2], number + 1
+            del pixels
+        report("completed", "run", total, total, total)
+
+    @without_gradients
+    def latents(
+        self, photo: Tensor, request: Request, *, job: Journal | None = None, emit: Emit | None = None
+    ) -> Iterator[Tensor]:
+        """The latents alone, float32: the anchor (1, c, 1, h, w), then each finished segment (1, c, k, h, w)."""
+        photo = photo.to(self._execution_device, torch.float32)
+        yield from self._denoised(photo, request, job, Reporter(emit))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any = None,
+        prompt: str = "",
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        motion_score: float | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], Any] | None = None,
+        **request_fields: Any,
+    ) -> LTXPipelineOutput | tuple[Any]:
+        """All frames at once, under diffusers' argument names; ``stream`` is the same chunk by chunk.
+
+        ``image``: a PIL image or a path. ``motion_score``: mean optical flow between frames five apart, in pixels of a
+        576x320 picture, 0-100. ``prompt`` changes nothing (there is a warning); ``negative_prompt`` and a
+        ``guidance_scale`` above 1 are refused. ``generator`` serves only to draw the seed when none is given. Further
+        keywords are fields of ``core.Request`` (``shift``, ``csg``, ...). Raises ``core.UsageError`` for what
+        cannot be made.
+        """
+        source = read_image(image)
+        if seed is None and generator is not None:
+            seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+        request, notices = presets.resolve(
+            self.preset,
+            prompt=prompt,
+            photo_size=source.size,
+            size=None if height is None or width is None else f"{width}x{height}",
+            num_frames=num_frames,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            motion_score=motion_score,
+            image_sha256=source.sha256,
+            **request_fields,
+        )
+        if prompt:
+            logger.warning(notices[-1])
+        photo = fit_image(source.pixels, request.size, request.fit)
+        with self.progress_bar(total=1) as bar:
+
+            def follow(event: Any) -> None:
+                if event.type == "progress" and event.phase == "refine":
+                    if bar.total != event.total:
+                        bar.reset(event.total)
+                    bar.update()
+                    if callback_on_step_end is not None:
+                        callback_on_step_end(self, event.step, event.total, {})
+
+            frames = torch.cat([chunk.frames.cpu() for chunk in self.stream(photo, request, emit=follow)], dim=2)
+        video = self.video_processor.postprocess_video(frames, output_type=output_type)
+        return LTXPipelineOutput(frames=video) if return_dict else (video,)
+
+    def _windows(self, request: Request) -> list[Window]:
+        blocks, csg = self.preset.grid.blocks(request.num_frames), request.csg
+        return list(windows(blocks, segment_blocks=csg.segment_blocks, neighbor_blocks=csg.neighbor_blocks))
+
+    def _encoded(self, photo: Tensor) -> tuple[Tensor, Tensor]:
+        """The anchor, and what a later block would be if nothing moved (zeros for a network without reference)."""
+        if not isinstance(self.vae, NanoVAE):
+            anchor = LTXCodec(self.vae, self.decoder, self.config.latent_norm).encode(photo)
+            return anchor, torch.zeros_like(anchor)
+        # Of a motionless clip all blocks after block 0 are equal: one stands for them.
+        anchor, still = encode_stream(self.vae, static_video(photo, self.vae.temporal_stride + 1))
+        return anchor, still
+
+    def _denoised(self, photo: Tensor, request: Request, job: Journal | None, report: Reporter) -> Iterator[Tensor]:
+        """The anchor, then every segment, saved before it is decoded: a failure in decode loses nothing."""
+        plan, steps, held = self._windows(request), request.num_inference_steps, 0
+        anchor, still = self._encoded(photo)
+        score = request.motion_score
+        velocity = dit_velocity(
+            self.transformer,
+            None,
+            request.csg,
+            trained_blocks=self.preset.grid.trained_blocks,
+            motion_score=self.preset.defaults["motion_score"] if score is None else score,
+        )
+
+        def finished() -> Iterator[Tensor]:
+            nonlocal held
+            for segment in job.stream("segments") if job is not None else ():
+                held += 1
+                yield segment.to(anchor.device)
+
+        def on_step(number: int, step: int) -> None:
+            report("progress", "refine", segment=number + 1, step=number * steps + step, total=len(plan) * steps)
+
+        sampling = Sampling(levels(steps, request.shift), request.seed, request.csg, sampler=request.sampler_2)
+        reference = chain([anchor], repeat(still))
+        yield anchor
+        for number, segment in enumerate(
+            refine(velocity, reference, plan, sampling, finished=finished(), on_step=on_step)
+        ):
+            if job is not None and number >= held:
+                job.save_segment(number, segment, plan[number].segment)
+            report("segment", "refine", segment=number + 1, step=(number + 1) * steps, total=len(plan) * steps)
+            yield segment
+
+    def _decoded(self, latents: Iterator[Tensor], photo: Tensor, report: Reporter) -> Iterator[Tensor]:
+        """Pixels, one chunk for the anchor and one for each segment, (1, 3, t, H, W) in [-1, 1]."""
+        if isinstance(self.vae, NanoVAE):
+            yield from decode_stream(self.vae, latents, photo)
+            return
+        codec, parts = LTXCodec(self.vae, self.decoder, self.config.latent_norm), list(latents)
+        report("progress", "decode", step=0, total=1)
+        pixels = codec.decode(torch.cat(parts, dim=2), *photo.shape[-2:])
+        report("progress", "decode", step=1, total=1)
+        yield from pixels.split([1, *(codec.temporal_stride * part.shape[2] for part in parts[1:])], dim=2)
+
+
+def _refuse_misfits(transformer: Any, vae: Any, decoder: Any, preset: presets.Preset, latent_norm: str) -> None:
+    config, nano = transformer.config, isinstance(vae, NanoVAE)
+    if preset.family != "mobile":
+        raise ValueError(f"preset {preset.name!r} is not one of MobileI2V's")
+    if not config.motion_embedding or config.cross_attention_dim is not None:
+        raise ValueError("a MobileI2V transformer has a motion embedding and no text (cross_attention_dim)")
+    codec = vae if nano else LTXCodec(vae, decoder, latent_norm)
+    if nano and (decoder is not None or latent_norm != "per_channel"):
+        raise ValueError("nano's VAE has its own decoder and per_channel latents; leave decoder and latent_norm out")
+    references = (0, codec.latent_channels) if nano else (0,)
+    if config.in_channels != codec.latent_channels or config.reference_channels not in references:
+        raise ValueError(
+            f"the transformer takes {config.in_channels} channels and {config.reference_channels} of a reference, "
+            f"the VAE makes {codec.latent_channels}"
+        )
+    lattice, grid = preset.grid.stage_two, (codec.spatial_stride, codec.temporal_stride, codec.latent_channels)
+    if grid != (lattice.stride, preset.grid.temporal_stride, lattice.channels):
+        raise ValueError(f"the VAE's strides and channels {grid} are not those of preset {preset.name!r}")
+
+
+def _shared_vae(folder: Path) -> Path | None:
+    """The VAE that a saved pipeline's preset shares, if it does. A damaged index fails where it is loaded."""
+    index = folder / "model_index.json"
+    name = read_json(index).get("preset") if index.is_file() else None
+    return presets.PRESETS[name].vae_folder if name in presets.PRESETS else None
