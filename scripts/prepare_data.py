@@ -24,11 +24,13 @@ from torch import Tensor
 from swifti2v import presets
 from swifti2v.core import RunError, Size, UsageError
 from swifti2v.models.causal_vae import StreamingVAE, streaming
+from swifti2v.models.ltx_vae import LTXCodec
 from swifti2v.reference import carried_reference, hybrid_reference
 from swifti2v.sources import load
-from swifti2v.tiny import tiny_pipeline
+from swifti2v.tiny import tiny_mobile, tiny_pipeline
 from swifti2v.train.data import Pixels, ReferenceMaker, StageOneEncoder, StageTwoEncoder
 from swifti2v.train.manifest import Buckets, Cutting, ManifestSource, Report, plan_samples, read_manifest
+from swifti2v.train.mobile import ClipEncoder
 from swifti2v.train.shards import PLAN, Plan, Worker, places, read_clip, write_shards
 from swifti2v.train.transition import ABLATED, StageOne, Transition
 
@@ -45,6 +47,8 @@ def progress(done: int, of: int) -> None:
 
 def open_pipeline(options: argparse.Namespace) -> Any:
     """The preset's pipeline; ``tiny-*`` presets are random twins for trying things out."""
+    if options.preset == "tiny-mobile":
+        return tiny_mobile()
     if options.preset.startswith("tiny-"):
         return tiny_pipeline(options.preset.removeprefix("tiny-"))
     return load(presets.get(options.preset), model=options.model, device=options.device, threads=options.threads)
@@ -61,6 +65,12 @@ def weights(module: torch.nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weights_of(pipeline: Any, name: str) -> str:
+    """``weights`` of a component, "" of one that is not there."""
+    module = pipeline.components.get(name)
+    return "" if module is None else weights(module)
 
 
 def reference_maker(pipeline: Any) -> ReferenceMaker:
@@ -90,6 +100,23 @@ def check(options: argparse.Namespace) -> None:
         print(f"  {size}: {sum(sample.size == size for sample in samples)} samples")
 
 
+def encoder_of(pipeline: Any, stage: str) -> Callable[[Pixels], Any]:
+    """What makes latents of a clip, for stage "one" or "two"; MobileI2V has one stage and hears no text."""
+    if pipeline.preset.family == "mobile":
+        return ClipEncoder(LTXCodec(pipeline.vae, None, pipeline.config.latent_norm))
+
+    def text(prompt: str) -> Tensor:
+        return pipeline.encode_prompt(prompt)[0]
+
+    vae = streaming(pipeline.vae)
+    if stage == "two":
+        motion_size = pipeline.preset.grid.motion_size
+        return StageTwoEncoder(stage_two_vae(pipeline), motion_size, vae, reference_maker(pipeline), text)
+    if pipeline.image_encoder is None:
+        return StageOneEncoder(vae, "camera", text)
+    return StageOneEncoder(vae, "zero", text, pipeline.encode_image)
+
+
 def make_shards(options: argparse.Namespace) -> None:
     """Encode the list."""
     pipeline = open_pipeline(options)
@@ -98,21 +125,7 @@ def make_shards(options: argparse.Namespace) -> None:
     if not samples:
         raise UsageError(f"{options.list}: nothing is left to encode")
     source = ManifestSource(tuple(samples), options.seed, options.list.parent / "cache")
-
-    def text(prompt: str) -> Tensor:
-        return pipeline.encode_prompt(prompt)[0]
-
-    encode: Callable[[Pixels], Any]
-    if options.stage == "one":
-        vae = streaming(pipeline.vae)
-        if pipeline.image_encoder is None:
-            encode = StageOneEncoder(vae, "camera", text)
-        else:
-            encode = StageOneEncoder(vae, "zero", text, pipeline.encode_image)
-    else:
-        maker = reference_maker(pipeline)
-        one, two = streaming(pipeline.vae), stage_two_vae(pipeline)
-        encode = StageTwoEncoder(two, pipeline.preset.grid.motion_size, one, maker, text)
+    encode = encoder_of(pipeline, options.stage)
     listed = hashlib.sha256(json.dumps([sample.__dict__ for sample in samples], sort_keys=True).encode()).hexdigest()
     settings = {
         "list": listed,
@@ -120,8 +133,8 @@ def make_shards(options: argparse.Namespace) -> None:
         "carried": pipeline.preset.carries_detail,
         "seed": options.seed,
         "vae": weights(pipeline.vae),
-        "vae_2": weights(pipeline.vae_2) if pipeline.vae_2 is not None else "",
-        "text_encoder": weights(pipeline.text_encoder),
+        "vae_2": weights_of(pipeline, "vae_2"),
+        "text_encoder": weights_of(pipeline, "text_encoder"),
     }
     plan = Plan(len(samples), options.per_shard, options.dtype, settings)
     with torch.no_grad():

@@ -115,6 +115,16 @@ def test_samples_become_pixels_again_and_again(folder: Path) -> None:
     assert source.at(0).motion is not None and source.at(0).prompt and source.at(1).prompt == "film"
 
 
+def test_a_motion_score_in_the_list_goes_with_its_clips(folder: Path) -> None:
+    rows = [{"video": "film.mp4", "prompt": "", "motion_score": score} for score in ("3.5", "", "much", "-1")]
+    listed = read_manifest(write_csv(folder / "scored.csv", rows))
+    samples, report = plan_samples(listed, BUCKETS, Cutting(5, per_shot=1))
+    source = ManifestSource(tuple(samples))
+    assert sorted({str(source.at(i).motion_score) for i in range(len(samples))}) == ["3.5", "None"]
+    reasons = [skip.reason for skip in report.skipped if "motion_score" in skip.reason]
+    assert len(reasons) == 2 and "'much' is not a number" in " ".join(reasons)
+
+
 def test_a_photo_is_filmed_as_its_prompt_says(folder: Path) -> None:
     rows = [{"image": "photo.png", "prompt": "pan right"}, {"image": "photo.png", "prompt": "static shot"}]
     samples, _ = plan_samples(read_manifest(write_csv(folder / "photos.csv", rows)), BUCKETS, Cutting(5))

@@ -77,7 +77,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Sample:
-    """A window of ``frames`` pictures, every ``step``-th from ``start`` on, of one shot; or a photo (``start`` 0)."""
+    """A window of ``frames`` pictures, every ``step``-th from ``start`` on, of one shot; or a photo (``start`` 0).
+
+    ``motion_score``: of the list's column of that name, if there is one.
+    """
 
     path: str
     start: int
@@ -87,6 +90,7 @@ class Sample:
     height: int
     prompt: str
     kind: str
+    motion_score: float | None = None
 
     @property
     def size(self) -> Size:
@@ -247,15 +251,29 @@ def _video_samples(entry: Entry, buckets: Buckets, cutting: Cutting, found: Scan
     shots = found.shots if entry.shot is None else _inside(found, entry.shot)
     samples: list[Sample] = []
     reasons: list[str] = []
+    score = _score(entry)
     for shot in shots:
         starts = cutting.starts(shot, step)
         if not starts:
             span = (cutting.frames - 1) * step + 1
             reasons.append(f"shot {shot.start}-{shot.end} has {shot.frames} frames, {span} are needed")
         for start in starts:
-            common = (size.width, size.height, entry.prompt, entry.kind)
+            common = (size.width, size.height, entry.prompt, entry.kind, score)
             samples.append(Sample(str(entry.path), start, step, cutting.frames, *common))
     return samples, reasons if shots else ["shows nothing: every frame is black"]
+
+
+def _score(entry: Entry) -> float | None:
+    given = entry.extra.get("motion_score")
+    if given in (None, ""):
+        return None
+    try:
+        score = float(str(given))
+    except ValueError:
+        score = -1.0
+    if not 0 <= score < math.inf:
+        raise UsageError(f"motion_score {given!r} is not a number of 0 or more; leave it out to have it measured")
+    return score
 
 
 def _inside(found: Scan, wanted: Shot) -> list[Shot]:
@@ -286,7 +304,8 @@ class ManifestSource:
         times = scan(Path(sample.path), self.scans).times
         frames = read_frames(sample.path, sample.start, sample.frames, step=sample.step, times=times)
         pictures = [to_bytes(fit_pixels(frame, sample.size)) for frame in frames]
-        return Pixels(torch.stack(pictures, dim=1), sample.prompt, sample.name, sample.kind)
+        words = (sample.prompt, sample.name, sample.kind)
+        return Pixels(torch.stack(pictures, dim=1), *words, motion_score=sample.motion_score)
 
 
 def photo_pixels(sample: Sample, rng: random.Random) -> Pixels:
