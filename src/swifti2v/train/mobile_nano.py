@@ -37,7 +37,7 @@ from .source import Source
 from .synthetic import make_scene, render
 from .windows import Frames, Kept, Material
 
-SIZES = ((Size(160, 96), 0.45), (Size(320, 176), 0.2), (Size(96, 160), 0.15), (Size(128, 128), 0.2))  # a quarter
+SIZES = ((Size(160, 96), 0.45), (Size(320, 176), 0.2), (Size(96, 160), 0.15), (Size(128, 128), 0.2))
 SEGMENT, NEIGHBORS = 4, 1
 STARTS = ((1, 0.6), (5, 0.16), (9, 0.12), (13, 0.06), (17, 0.06))
 FILM, STILL = 0.25, 0.3  # share of windows that are film; of pushes that go into a still of film
