@@ -30,7 +30,6 @@ LONG_FUNCTIONS = {
     "models.mobile_dit.MobileTransformer3DModel.__init__": "the config, one argument a line",
     "mobile.MobileI2VPipeline.__call__": "diffusers' own argument names, one by one",
     "models.wan.SwiftI2VTransformer3DModel.__init__": "the config, one argument a line",
-    "pipeline.SwiftI2VPipeline.__call__": "diffusers' own argument names, one by one",
     "stage_one.motion_latents": "two kinds of Stage I network side by side",
 }
 MANY_PARAMETERS = {

@@ -29,7 +29,7 @@ from .models.ltx_vae import LTXCodec
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.turbo_decoder import TurboDecoder
-from .pipeline import Emit, Journal, Reporter, without_gradients
+from .pipeline import Emit, Journal, Reporter, gathered, without_gradients
 from .reference import fit_image, static_video
 from .segments import Window, windows
 from .sources import fingerprint, local_folder, refuse_gaps
@@ -229,17 +229,7 @@ class MobileI2VPipeline(DiffusionPipeline):
         if prompt:
             logger.warning(notices[-1])
         photo = fit_image(source.pixels, request.size, request.fit)
-        with self.progress_bar(total=1) as bar:
-
-            def follow(event: Any) -> None:
-                if event.type == "progress" and event.phase == "refine":
-                    if bar.total != event.total:
-                        bar.reset(event.total)
-                    bar.update()
-                    if callback_on_step_end is not None:
-                        callback_on_step_end(self, event.step, event.total, {})
-
-            frames = torch.cat([chunk.frames.cpu() for chunk in self.stream(photo, request, emit=follow)], dim=2)
+        frames = gathered(self, photo, request, callback_on_step_end)
         video = self.video_processor.postprocess_video(frames, output_type=output_type)
         return LTXPipelineOutput(frames=video) if return_dict else (video,)
 

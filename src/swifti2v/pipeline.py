@@ -64,6 +64,21 @@ def without_gradients(generate: Method) -> Method:
     return cast(Method, generator)
 
 
+def gathered(pipeline: Any, photo: Tensor, request: Request, on_step_end: Callable[..., Any] | None) -> Tensor:
+    """All of ``pipeline.stream``, (1, 3, t, H, W), under diffusers' progress bar and step callback."""
+    with pipeline.progress_bar(total=1) as bar:
+
+        def follow(event: Event) -> None:
+            if event.type == "progress" and event.phase in ("motion", "refine"):
+                if bar.total != event.total:
+                    bar.reset(event.total)
+                bar.update()
+                if on_step_end is not None:
+                    on_step_end(pipeline, event.step, event.total, {})
+
+        return torch.cat([chunk.frames.cpu() for chunk in pipeline.stream(photo, request, emit=follow)], dim=2)
+
+
 class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """One photo and a sentence to a high-resolution video, in two stages (arXiv 2605.06356).
 
@@ -261,17 +276,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             **request_fields,
         )
         photo = fit_image(source.pixels, request.size, request.fit)
-        with self.progress_bar(total=1) as bar:
-
-            def follow(event: Event) -> None:
-                if event.type == "progress" and event.phase in ("motion", "refine"):
-                    if bar.total != event.total:
-                        bar.reset(event.total)
-                    bar.update()
-                    if callback_on_step_end is not None:
-                        callback_on_step_end(self, event.step, event.total, {})
-
-            frames = torch.cat([chunk.frames.cpu() for chunk in self.stream(photo, request, emit=follow)], dim=2)
+        frames = gathered(self, photo, request, callback_on_step_end)
         video = self.video_processor.postprocess_video(frames, output_type=output_type)
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
