@@ -28,7 +28,6 @@ OUTSIDE = {"__init__", "__main__", "models.__init__", "train.__init__", "evaluat
 
 LONG_FUNCTIONS = {
     "models.mobile_dit.MobileTransformer3DModel.__init__": "the config, one argument a line",
-    "mobile.MobileI2VPipeline.__call__": "diffusers' own argument names, one by one",
     "models.wan.SwiftI2VTransformer3DModel.__init__": "the config, one argument a line",
     "stage_one.motion_latents": "two kinds of Stage I network side by side",
 }

@@ -22,18 +22,26 @@ from torch import Tensor, nn
 from . import flow, presets
 from .checkpoints import hash_files, read_json
 from .core import Chunk, Request, UsageError
-from .images import read_image
 from .memory import Placement
 from .models.causal_vae import decode_stream, encode_stream
 from .models.ltx_vae import LTXCodec
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.turbo_decoder import TurboDecoder
-from .pipeline import Emit, Journal, Reporter, gathered, without_gradients
-from .reference import fit_image, static_video
-from .segments import Window, windows
+from .reference import static_video
+from .runs import (
+    Emit,
+    Journal,
+    Reporter,
+    asked,
+    check_photo,
+    gathered,
+    saved_segments,
+    segment_windows,
+    without_gradients,
+)
 from .sources import fingerprint, local_folder, refuse_gaps
-from .stage_two import Sampling, dit_velocity, refine
+from .stage_two import Sampling, dit_velocity
 
 logger = logging.get_logger(__name__)
 FEW_STEPS = 4
@@ -157,12 +165,10 @@ class MobileI2VPipeline(DiffusionPipeline):
         With nano's VAE each chunk comes before the next segment is denoised; an LTX decoder sees the whole clip, so
         that there all chunks come at the end. Raises ValueError if the photo has another size than the request.
         """
-        expected = (1, 3, 1, request.height, request.width)
-        if tuple(photo.shape) != expected:
-            raise ValueError(f"photo has shape {tuple(photo.shape)}, the request needs {expected}; use fit_image")
+        check_photo(photo, request)
         if motion is not None:
             raise ValueError("motion is given: MobileI2V has one stage, which cannot be replaced by a video")
-        report, total = Reporter(emit), len(self._windows(request))
+        report, total = Reporter(emit), len(segment_windows(self.preset, request))
         photo = photo.to(self._execution_device, torch.float32)
         report("started", "run", total=total, message=f"{request.num_frames} frames of {request.size}")
         start = number = 0
@@ -209,33 +215,26 @@ class MobileI2VPipeline(DiffusionPipeline):
         keywords are fields of ``core.Request`` (``shift``, ``csg``, ...). Raises ``core.UsageError`` for what
         cannot be made.
         """
-        source = read_image(image)
-        if seed is None and generator is not None:
-            seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-        request, notices = presets.resolve(
+        photo, request = asked(
             self.preset,
+            image,
+            generator,
             prompt=prompt,
-            photo_size=source.size,
-            size=None if height is None or width is None else f"{width}x{height}",
-            num_frames=num_frames,
-            seed=seed,
             negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_frames=num_frames,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             motion_score=motion_score,
-            image_sha256=source.sha256,
+            seed=seed,
             **request_fields,
         )
         if prompt:
-            logger.warning(notices[-1])
-        photo = fit_image(source.pixels, request.size, request.fit)
+            logger.warning(presets.unread(self.preset))
         frames = gathered(self, photo, request, callback_on_step_end)
         video = self.video_processor.postprocess_video(frames, output_type=output_type)
         return LTXPipelineOutput(frames=video) if return_dict else (video,)
-
-    def _windows(self, request: Request) -> list[Window]:
-        blocks, csg = self.preset.grid.blocks(request.num_frames), request.csg
-        return list(windows(blocks, segment_blocks=csg.segment_blocks, neighbor_blocks=csg.neighbor_blocks))
 
     def _encoded(self, photo: Tensor) -> tuple[Tensor, Tensor]:
         """The anchor, and what a later block would be if nothing moved (zeros for a network without reference)."""
@@ -248,7 +247,6 @@ class MobileI2VPipeline(DiffusionPipeline):
 
     def _denoised(self, photo: Tensor, request: Request, job: Journal | None, report: Reporter) -> Iterator[Tensor]:
         """The anchor, then every segment, saved before it is decoded: a failure in decode loses nothing."""
-        plan, steps, held = self._windows(request), request.num_inference_steps, 0
         anchor, still = self._encoded(photo)
         score = request.motion_score
         velocity = dit_velocity(
@@ -258,26 +256,12 @@ class MobileI2VPipeline(DiffusionPipeline):
             trained_blocks=self.preset.grid.trained_blocks,
             motion_score=self.preset.defaults["motion_score"] if score is None else score,
         )
-
-        def finished() -> Iterator[Tensor]:
-            nonlocal held
-            for segment in job.stream("segments") if job is not None else ():
-                held += 1
-                yield segment.to(anchor.device)
-
-        def on_step(number: int, step: int) -> None:
-            report("progress", "refine", segment=number + 1, step=number * steps + step, total=len(plan) * steps)
-
-        sampling = Sampling(levels(steps, request.shift), request.seed, request.csg, sampler=request.sampler_2)
-        reference = chain([anchor], repeat(still))
+        sampling = Sampling(
+            levels(request.num_inference_steps, request.shift), request.seed, request.csg, sampler=request.sampler_2
+        )
+        plan, reference = segment_windows(self.preset, request), chain([anchor], repeat(still))
         yield anchor
-        for number, segment in enumerate(
-            refine(velocity, reference, plan, sampling, finished=finished(), on_step=on_step)
-        ):
-            if job is not None and number >= held:
-                job.save_segment(number, segment, plan[number].segment)
-            report("segment", "refine", segment=number + 1, step=(number + 1) * steps, total=len(plan) * steps)
-            yield segment
+        yield from saved_segments(velocity, reference, plan, sampling, job, report)
 
     def _decoded(self, latents: Iterator[Tensor], photo: Tensor, report: Reporter) -> Iterator[Tensor]:
         """Pixels, one chunk for the anchor and one for each segment, (1, 3, t, H, W) in [-1, 1]."""

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import Size, UsageError
+from .metrics import luma
 
 SCORE_SIZE = Size(576, 320)
 PAIRS = ((0, 5), (5, 10), (10, 15))
-_LUMA = (0.2126, 0.7152, 0.0722)
 
 
 def motion_score(frames: Tensor) -> float:
@@ -31,14 +31,14 @@ def motion_score(frames: Tensor) -> float:
     pairs = [pair for pair in PAIRS if pair[1] < frames.shape[1]]
     if not pairs:
         raise ValueError(f"{frames.shape[1]} frames have no motion score: it compares frames {PAIRS[0]}")
-    seen = {index: _gray(frames[:, index]) for pair in pairs for index in pair}
+    seen = {index: gray(frames[:, index], SCORE_SIZE) for pair in pairs for index in pair}
     return sum(float(dis_flow(seen[a], seen[b]).abs().mean()) for a, b in pairs) / len(pairs)
 
 
-def _gray(frame: Tensor) -> Tensor:
-    luma = (frame.float() * torch.tensor(_LUMA, device=frame.device)[:, None, None]).sum(dim=0)
-    size = (SCORE_SIZE.height, SCORE_SIZE.width)
-    small = F.interpolate(luma[None, None], size, mode="bilinear", antialias=True)[0, 0]
+def gray(frame: Tensor, size: Size) -> Tensor:
+    """Luma of a picture (3, h, w) in [-1, 1] as bytes at ``size``, on the CPU: what the flow looks at."""
+    plane = luma(frame.float())
+    small = F.interpolate(plane[None, None], (size.height, size.width), mode="bilinear", antialias=True)[0, 0]
     return ((small + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

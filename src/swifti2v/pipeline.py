@@ -5,12 +5,9 @@ photo, request -> text -> Stage I motion -> hybrid reference -> CSG segments -> 
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,61 +19,27 @@ from torch import Tensor, nn
 
 from . import flow, presets
 from .camera import Motion
-from .core import Chunk, Event, Request, RunError
-from .images import read_image
+from .core import Chunk, Request, RunError
 from .memory import Placement
 from .models.causal_vae import decode_stream, encode_pairs, encode_stream, streaming
 from .models.text import encode_prompts, truncated_prompt
-from .reference import carried_reference, fit_image, hybrid_reference, shrink
-from .segments import Window, windows
+from .reference import carried_reference, hybrid_reference, shrink
+from .runs import (
+    Emit,
+    Journal,
+    Reporter,
+    asked,
+    check_photo,
+    gathered,
+    saved_segments,
+    segment_windows,
+    without_gradients,
+)
 from .sources import assemble_wan, fingerprint, local_folder, refuse_gaps
 from .stage_one import Conditions, MotionPlan, motion_latents
-from .stage_two import Sampling, dit_velocity, refine
+from .stage_two import Sampling, dit_velocity
 
-Emit = Callable[[Event], None]
-Method = TypeVar("Method", bound=Callable[..., Any])
 MOTION_BLOCKS = 3  # decoded together: more would hold more pixels and gain nothing
-
-
-class Journal(Protocol):
-    """What a run needs of a job: the latents it already holds, and a place for new ones (``journal.Job``)."""
-
-    def motion(self) -> list[Tensor]: ...
-    def save_motion(self, number: int, latents: Tensor, blocks: Sequence[int]) -> None: ...
-    def stream(self, kind: Any) -> Iterator[Tensor]: ...
-    def save_segment(self, number: int, latents: Tensor, blocks: Sequence[int]) -> None: ...
-
-
-def without_gradients(generate: Method) -> Method:
-    """``torch.no_grad`` for a method that generates large things: torch's own holds the last while the next is made."""
-
-    @functools.wraps(generate)
-    def generator(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        with contextlib.closing(generate(*args, **kwargs)) as things:
-            while True:
-                with torch.no_grad():
-                    thing = next(things, None)
-                if thing is None:
-                    return
-                yield thing
-                del thing
-
-    return cast(Method, generator)
-
-
-def gathered(pipeline: Any, photo: Tensor, request: Request, on_step_end: Callable[..., Any] | None) -> Tensor:
-    """All of ``pipeline.stream``, (1, 3, t, H, W), under diffusers' progress bar and step callback."""
-    with pipeline.progress_bar(total=1) as bar:
-
-        def follow(event: Event) -> None:
-            if event.type == "progress" and event.phase in ("motion", "refine"):
-                if bar.total != event.total:
-                    bar.reset(event.total)
-                bar.update()
-                if on_step_end is not None:
-                    on_step_end(pipeline, event.step, event.total, {})
-
-        return torch.cat([chunk.frames.cpu() for chunk in pipeline.stream(photo, request, emit=follow)], dim=2)
 
 
 class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -174,7 +137,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._check(photo, request)
         vae = streaming(self.vae_2 if self.vae_2 is not None else self.vae)
         photo = photo.to(self._execution_device, torch.float32)
-        plan = self._windows(request)
+        plan = segment_windows(self.preset, request)
         report("started", "run", total=len(plan), message=f"{request.num_frames} frames of {request.size}")
 
         def latents() -> Iterator[Tensor]:
@@ -259,35 +222,26 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Returns ``WanPipelineOutput`` with ``frames`` as diffusers' video processor makes them of ``output_type``
         ("np", "pt", "pil"). Raises ``core.UsageError`` for what cannot be made.
         """
-        source = read_image(image)
-        if seed is None and generator is not None:
-            seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-        request, _ = presets.resolve(
+        photo, request = asked(
             self.preset,
+            image,
+            generator,
             prompt=prompt,
-            photo_size=source.size,
-            size=None if height is None or width is None else f"{width}x{height}",
-            num_frames=num_frames,
-            seed=seed,
             negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_frames=num_frames,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            image_sha256=source.sha256,
+            seed=seed,
             **request_fields,
         )
-        photo = fit_image(source.pixels, request.size, request.fit)
         frames = gathered(self, photo, request, callback_on_step_end)
         video = self.video_processor.postprocess_video(frames, output_type=output_type)
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
-    def _windows(self, request: Request) -> list[Window]:
-        blocks, csg = self.preset.grid.blocks(request.num_frames), request.csg
-        return list(windows(blocks, segment_blocks=csg.segment_blocks, neighbor_blocks=csg.neighbor_blocks))
-
     def _check(self, photo: Tensor, request: Request) -> None:
-        expected = (1, 3, 1, request.height, request.width)
-        if tuple(photo.shape) != expected:
-            raise ValueError(f"photo has shape {tuple(photo.shape)}, the request needs {expected}; use fit_image")
+        check_photo(photo, request)
         if self.preset.family == "wan" and getattr(self.transformer_2.config, "reference_is_untrained", False):
             raise RunError(
                 "Stage II is freshly widened and ignores its reference: train it (docs/architecture.md), "
@@ -338,9 +292,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self, reference: Iterable[Tensor], request: Request, told: Conditions, job: Journal | None, report: Reporter
     ) -> Iterator[Tensor]:
         """Stage II, saving every segment before it is decoded: a failure in decode loses nothing."""
-        plan = self._windows(request)
-        steps, held = request.num_inference_steps_2, 0
-        levels = flow.sigmas(steps, request.shift_2, start=request.strength_2)
+        plan = segment_windows(self.preset, request)
+        levels = flow.sigmas(request.num_inference_steps_2, request.shift_2, start=request.strength_2)
         sampling = Sampling(levels, request.seed, request.csg, sampler=request.sampler_2)
         velocity = dit_velocity(
             self.transformer_2,
@@ -350,33 +303,5 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             guidance_scale=request.guidance_scale_2,
             negative_text=told.negative_text,
         )
-
-        def finished() -> Iterator[Tensor]:
-            nonlocal held
-            for segment in job.stream("segments") if job is not None else ():
-                held += 1
-                yield segment
-
-        def on_step(number: int, step: int) -> None:
-            report("progress", "refine", segment=number + 1, step=number * steps + step, total=len(plan) * steps)
-
         channels = self.preset.grid.stage_two.channels
-        segments = refine(velocity, reference, plan, sampling, channels=channels, finished=finished(), on_step=on_step)
-        for number, segment in enumerate(segments):
-            if job is not None and number >= held:
-                job.save_segment(number, segment, plan[number].segment)
-            report("segment", "refine", segment=number + 1, step=(number + 1) * steps, total=len(plan) * steps)
-            yield segment
-
-
-class Reporter:
-    """Turns what happens into ``Event``s with the seconds since the run began."""
-
-    def __init__(self, emit: Emit | None) -> None:
-        self._emit, self._begin = emit, time.monotonic()
-
-    def __call__(
-        self, type: Any, phase: str, segment: int = 0, step: int = 0, total: int = 0, message: str = ""
-    ) -> None:
-        if self._emit is not None:
-            self._emit(Event(type, phase, segment, step, total, time.monotonic() - self._begin, message))
+        yield from saved_segments(velocity, reference, plan, sampling, job, report, channels)

@@ -304,7 +304,12 @@ def _listened_to(preset: Preset, request: Request) -> list[str]:
             raise UsageError(f"{said}: {preset.name} has one stage and does not listen to it; leave it out")
     if not request.prompt:
         return []
-    return [f"{preset.name} does not read text: the prompt changes nothing (the motion score does)"]
+    return [unread(preset)]
+
+
+def unread(preset: Preset) -> str:
+    """What to tell somebody who gave a prompt to a preset that does not read it."""
+    return f"{preset.name} does not read text: the prompt changes nothing (the motion score does)"
 
 
 def _choose_size(

@@ -66,7 +66,7 @@ def refine(
             outputs[0] = references.gather((0,))[:, :channels]
         kept = next(held, None)
         if kept is not None:
-            segment = kept.float()
+            segment = kept.to(outputs[0]) if 0 in outputs else kept.float()
         else:
             start = starts.gather(window.segment)[:, :channels]
             x = _Segment(window, sampling, outputs, references.gather(window.blocks), start)

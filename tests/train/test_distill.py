@@ -153,7 +153,7 @@ def test_matching_pulls_the_student_towards_the_teacher() -> None:
     for offset in (0.0, 1.0):
         student = Says(torch.zeros(1, 4, 4, 4, 4))
         critic = Says(torch.full((1, 4, 4, 4, 4), offset))
-        parts = taught(Parts({"transformer": student}), teacher)
+        parts = replace(taught(Parts({"transformer": student}), teacher), inner=("critic",))
         parts.modules["critic"] = critic
         loss = DistributionMatching(share=1.0)(parts, item, seeded(0, 0))
         loss.value.backward()
@@ -166,7 +166,7 @@ def test_matching_pulls_the_student_towards_the_teacher() -> None:
 
 def test_matching_trains_the_critic_alone_between_the_students_turns() -> None:
     student, critic = (Says(torch.zeros(1, 4, 4, 4, 4)) for _ in range(2))
-    parts = taught(Parts({"transformer": student}), still())
+    parts = replace(taught(Parts({"transformer": student}), still()), inner=("critic",))
     parts.modules["critic"] = critic
     DistributionMatching(share=0.0)(parts, WINDOW.at(0), seeded(0, 0)).value.backward()
     assert student.value.grad is not None and not student.value.grad.any()

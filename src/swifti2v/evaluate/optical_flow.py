@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import metrics
+from .. import metrics, motion_score
 from ..camera import AMPLITUDE_FRAMES, Motion, View, warp
+from ..core import Size
 from ..motion_score import dis_flow
 
 WIDTH = 384  # pixels across at which flow is computed; a fast pan is 0.6 of them a frame
@@ -31,11 +32,9 @@ _SWAY = math.sqrt((0.65**2 + 0.35**2) / 2)  # root mean square of camera's own s
 
 def gray(frame: Tensor, width: int = WIDTH) -> Tensor:
     """Luma of a picture (3, h, w) in [-1, 1] as bytes (h', w'), at most ``width`` pixels a side."""
-    plane = metrics.luma(frame.float())
-    scale = min(1.0, width / max(plane.shape))
-    size = [max(16, round(side * scale)) for side in plane.shape]
-    small = F.interpolate(plane[None, None], size, mode="bilinear", antialias=True)[0, 0]
-    return ((small + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    scale = min(1.0, width / max(frame.shape[1:]))
+    rows, columns = (max(16, round(side * scale)) for side in frame.shape[1:])
+    return motion_score.gray(frame, Size(columns, rows))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..segments import CSG, Window
 from ..stage_one import Conditions, motion_velocity
 from ..stage_two import Velocity, dit_velocity, guided
 from . import recipes_nano
-from .objective import SMALL_BASE, Batch, Levels, Network, Noisy, channel_error, noised, predict, text_states
+from .objective import SMALL_BASE, Batch, Levels, Network, Noisy, channel_error, noised, predict, sole, text_states
 from .recipe import Loss, Parts, Recipe
 from .recipes import TOY_CLIPS, Given, WholeShards, toy, with_lora
 
@@ -103,7 +103,7 @@ class Distillation:
         noise = torch.randn(item.clean.shape, generator=generator)
         noisy = noised(item, torch.full((len(item.clean),), path[0]), noise, POSITIONS_AS_GIVEN)
         text = text_states(parts, item, self.text_length)
-        student, null = student_of(parts, self.model), parts.constants.get("null_text")
+        student, null = sole(parts, self.model), parts.constants.get("null_text")
         with torch.no_grad():
             velocity = teacher_velocity(parts.frozen["teacher"], item, text, self.teacher, null)
             landing, single = follow(velocity, item, noisy, path)
@@ -183,7 +183,7 @@ class DistributionMatching:
         noises = [torch.randn(item.clean.shape, generator=generator) for _ in range(3)]
         text = text_states(parts, item, self.text_length)
         noisy = noised(item, start, noises[0], POSITIONS_AS_GIVEN)
-        velocity = predict(student_of(parts, self.model), noisy, item, text, self.teacher.network)
+        velocity = predict(sole(parts, self.model), noisy, item, text, self.teacher.network)
         broad = noisy.sigma[:, None, None, None, None]
         made = denoised(noisy.x[:, :, count:], velocity[:, :, count:], broad)
         fake = replace(item, clean=torch.cat([item.clean[:, :, :count], made.detach()], dim=2))
@@ -215,14 +215,6 @@ class DistributionMatching:
         noisy = noised(fake, self.levels.draw(len(fake.clean), generator), noise, POSITIONS_AS_GIVEN)
         guess = predict(parts.modules["critic"], noisy, fake, text, self.teacher.network)
         return (guess - velocity_of(fake.clean, noisy.noise))[:, :, fake.context :].square().mean()
-
-
-def student_of(parts: Parts, key: str) -> nn.Module:
-    """The trained network that is not the critic."""
-    if key:
-        return parts.modules[key]
-    (model,) = (module for name, module in parts.modules.items() if name != "critic")
-    return model
 
 
 # -- recipes ------------------------------------------------------------------------------------------------------
