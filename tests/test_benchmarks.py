@@ -102,3 +102,12 @@ def test_mobile(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture
     assert all(row["best"] > 0 and 20 < row["peak_mb"] < 2000 for row in results["network"].values())
     rows = [{"tokens": n, "best": 1e-6 * n**1.5} for n in (100, 200, 400)]
     assert script.exponents(rows) == {"fitted": 1.5, "between": [1.5, 1.5]}
+
+
+@pytest.mark.parametrize("script", ["mobile_steps"], indirect=True)
+def test_mobile_steps(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cv2")
+    results = line_of(script, weights, capsys)["results"]
+    assert set(results) == {"still", "2 steps", "1 step"}
+    # The twin's untrained network predicts no residual: it shows the photo held still, in any number of steps.
+    assert results["1 step"]["psnr"]["against_first"] == [0.0, 0.0, 0.0]

@@ -228,7 +228,7 @@ def mobile_nano_one(given: Given) -> Recipe:
 
 def _nano_student(name: str, given: Given, rule: FewSteps) -> Recipe:
     base = _base(given, name)
-    plain = mobile_nano.mobile_nano(given.data, given.tiny)
+    plain = mobile_nano.mobile_nano(replace(given, base=None))
     toys, folder = given.tiny, _beside(given, "cache/landings")
     recipe = StudentRecipe(
         **{item.name: getattr(plain, item.name) for item in fields(Recipe)}

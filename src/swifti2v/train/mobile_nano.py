@@ -27,7 +27,7 @@ from ..motion_score import PAIRS, SCORE_SIZE, motion_score
 from ..reference import resize
 from ..segments import Window
 from .film import Shot
-from .nano import block_frames, encode_blocks
+from .nano import Photos, block_frames, encode_blocks
 from .objective import Batch, FlowMatching, Levels
 from .recipe import Parts, Recipe
 from .recipes import Given, toy
@@ -35,7 +35,7 @@ from .recipes_nano import MadeUp, Passes, channel_weights, film_shots, load_vae,
 from .samples import WindowVideos
 from .source import Source
 from .synthetic import make_scene, render
-from .windows import Frames, Kept, Material
+from .windows import Frames, Kept, Material, shot_frames
 
 SIZES = ((Size(160, 96), 0.45), (Size(320, 176), 0.2), (Size(96, 160), 0.15), (Size(128, 128), 0.2))
 SEGMENT, NEIGHBORS = 4, 1
@@ -143,16 +143,8 @@ def small_film(shots: Sequence[Shot], size: Size, last: int, rng: random.Random)
     rows, columns = shot.frames.shape[1:3]
     largest = min(rows / size.height, columns / size.width)
     ratio = largest * rng.uniform(0.6, 1.0)
-    height, width = round(size.height * ratio), round(size.width * ratio)
-    top, left = rng.randint(0, rows - height), rng.randint(0, columns - width)
-    part = Shot(shot.name, shot.frames[:, top : top + height, left : left + width])
-    begin, mirrored = rng.randint(0, len(shot.frames) - last - 1), rng.random() < 0.5
-
-    def frames(indices: list[int]) -> Tensor:
-        small = torch.stack([resize(frame, size) for frame in part.clip(begin, indices).unbind(1)], dim=1)
-        return small.flip(3) if mirrored else small
-
-    return frames
+    part = shot_frames(shot, Size(round(size.width * ratio), round(size.height * ratio)), last, rng)
+    return lambda indices: torch.stack([resize(frame, size) for frame in part(indices).unbind(1)], dim=1)
 
 
 def parts(tiny: bool, base: str | None = None) -> Parts:
@@ -168,8 +160,6 @@ def parts(tiny: bool, base: str | None = None) -> Parts:
 
 def windows(parts: Parts, listing: Path, seed: int) -> Source[Batch]:
     """Windows from a photos.jsonl and the film beside it, kept in ``cache/mobile``."""
-    from .nano import Photos
-
     material = Material(load_vae(package("vae")), Photos(listing, "train"), film_shots(listing.parent))
     return Passes(Kept(MobileWindows(material, seed), listing.parent / "cache" / "mobile"), PASSES)
 
@@ -183,22 +173,17 @@ def source(data: Sequence[Path], tiny: bool) -> Any:
     return partial(windows, listing=data[0], seed=0)
 
 
-def mobile_nano_teacher(given: Given) -> Recipe:
-    """mobile-nano in many steps, from photos and the film beside them (photos.jsonl)."""
-    recipe = mobile_nano(given.data, given.tiny, given.base)
-    return toy(recipe, lr=3e-3) if given.tiny else recipe
-
-
-def mobile_nano(data: tuple[Path, ...] = (), tiny: bool = False, base: str | None = None) -> Recipe:
-    """mobile-nano's many-step teacher: MobileI2V's objective, the conditioned blocks masked out of the loss."""
-    return Recipe(
+def mobile_nano(given: Given) -> Recipe:
+    """mobile-nano in many steps, MobileI2V's objective, from photos and the film beside them (photos.jsonl)."""
+    recipe = Recipe(
         "mobile_nano",
-        partial(parts, tiny, base),
-        source(data, tiny),
+        partial(parts, given.tiny, given.base),
+        source(given.data, given.tiny),
         FlowMatching(Levels(SHIFT, low=0.02, one=0.1, law="logit-normal"), "residual"),
         steps=1050,
-        lr=1e-3 if base is None else 5e-4,
+        lr=1e-3 if given.base is None else 5e-4,
         decay=650,
         optimizer="muon",
         sample=WindowVideos(partial(load_vae, package("vae")), steps=30, shift=SHIFT),
     )
+    return toy(recipe, lr=3e-3) if given.tiny else recipe

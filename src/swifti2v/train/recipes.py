@@ -285,10 +285,10 @@ def makers() -> dict[str, Maker]:
     from .distill import DISTILLATIONS
     from .mobile import mobile
     from .mobile_distill import STUDENTS
-    from .mobile_nano import mobile_nano_teacher
+    from .mobile_nano import mobile_nano
     from .turbo import turbo
 
-    own = {"mobile": mobile, "mobile_nano": mobile_nano_teacher, "turbo": turbo}
+    own = {"mobile": mobile, "mobile_nano": mobile_nano, "turbo": turbo}
     return RECIPES | own | DISTILLATIONS | STUDENTS
 
 

@@ -5,7 +5,6 @@ one costs more than learning from it.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ..core import Size
 from ..models.nano_vae import NanoVAE
 from ..reference import resize
 from ..segments import RopePositions, Window
+from .files import written
 from .film import Shot
 from .nano import TRAINED_BLOCKS, Photos, block_frames, encode_blocks
 from .objective import Batch
@@ -100,7 +100,11 @@ def film_frames(shots: Sequence[Shot], size: Size, last: int, rng: random.Random
     fitting = [s for s in fitting if s.frames.shape[2] >= size.width]
     if not fitting:
         return None
-    shot = rng.choice(fitting)
+    return shot_frames(rng.choice(fitting), size, last, rng)
+
+
+def shot_frames(shot: Shot, size: Size, last: int, rng: random.Random) -> Frames:
+    """A random window of ``size``, in the shot's own pixels, from a random frame on; mirrored at random."""
     top = rng.randint(0, shot.frames.shape[1] - size.height)
     left = rng.randint(0, shot.frames.shape[2] - size.width)
     begin, mirrored = rng.randint(0, len(shot.frames) - last - 1), rng.random() < 0.5
@@ -163,11 +167,8 @@ class Kept:
             return Batch(clean, reference, places, context, motion_score=score)
 
     def _keep(self, path: Path, batch: Batch) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
         rounded = {name: getattr(batch, name).to(torch.float16).numpy() for name in ("clean", "reference")}
         if batch.motion_score is not None:
             rounded["motion_score"] = batch.motion_score.numpy()
-        with open(temporary, "wb") as file:
+        with written(path) as file:
             np.savez(file, **rounded, frame_indices=batch.frame_indices.numpy(), context=np.array(batch.context))
-        os.replace(temporary, path)
