@@ -5,10 +5,11 @@
     python benchmarks/mobile.py --tiny                           # half a minute
 
 Layers: one attention layer of MobileI2V's width (projections, rotation, norms and all), reference layout, float32,
-linear and softmax at four token counts. All are measured in turn, round after round, and the best round counts, so that
-other work on the machine falls on all of them alike; the exponents are slopes in log-log. Network: the published shape
-with random weights at 3x23x40 tokens, in each layout: one step of the graph in a process that holds ONNX Runtime and no
-torch, and what the system charged that process. This is a computer's CPU: it says nothing about a phone.
+linear and softmax at four token counts; operators: the attention alone, from queries, keys and values. All are measured
+in turn, round after round, and the best round counts, so that other work on the machine falls on all of them alike; the
+exponents are slopes in log-log. Network: the published shape with random weights at 3x23x40 tokens, in each layout: one
+step of the graph in a process that holds ONNX Runtime and no torch, and what the system charged that process. This is a
+computer's CPU: it says nothing about a phone.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rounds, steps = asked.rounds or rounds, asked.steps or steps
     threads = asked.threads or len(os.sched_getaffinity(0))
     record = common.Record("seconds of MobileI2V's network and attention layers through ONNX Runtime", asked, __file__)
-    results: dict[str, Any] = {"layers": child("layers", asked.tiny, threads, rounds, grids)}
-    results["exponents"] = {kind: exponents(results["layers"][kind]) for kind in KINDS}
+    results: dict[str, Any] = {}
+    for part in ("layers", "operators"):
+        results[part] = child("layers", asked.tiny, threads, rounds, grids, part == "operators")
+        results[f"exponents of {part}"] = {kind: exponents(results[part][kind]) for kind in KINDS}
     print(results, flush=True)
     if not asked.skip_network:
         grid = grids[0] if asked.tiny else (3, 23, 40)
@@ -83,13 +86,17 @@ def exponents(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
 # -- in children ----------------------------------------------------------------------------------------------------
 
 
-def layers(tiny: bool, threads: int, rounds: int, grids: Sequence[Sequence[int]]) -> dict[str, Any]:
+def layers(tiny: bool, threads: int, rounds: int, grids: Sequence[Sequence[int]], alone: bool) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
     share_memory()
     with tempfile.TemporaryDirectory() as folder:
-        calls = {(kind, tuple(grid)): layer(folder, kind, grid, tiny, threads) for kind in KINDS for grid in grids}
+        calls = {
+            (kind, tuple(grid)): layer(Path(folder), kind, grid, (tiny, alone), threads)
+            for kind in KINDS
+            for grid in grids
+        }
         seconds: dict[Any, list[float]] = {key: [] for key in calls}
         for number in range(rounds + 1):
             for key, call in calls.items():
@@ -105,13 +112,13 @@ def row_of(grid: Sequence[int], seconds: list[float]) -> dict[str, float]:
     return {"tokens": grid[0] * grid[1] * grid[2], "best": round(min(seconds), 6), "median": round(middle, 6)}
 
 
-def layer(folder: str, kind: str, grid: Sequence[int], tiny: bool, threads: int) -> Callable[[], Any]:
-    """A call of one attention layer's graph."""
+def layer(folder: Path, kind: str, grid: Sequence[int], size: tuple[bool, bool], threads: int) -> Callable[[], Any]:
+    """A call of one attention layer's graph, or of its attention ``alone``; ``size``: (tiny, alone)."""
     import torch
 
     from swifti2v.models.channels_first import ReferenceLayout
 
-    t, h, w = grid
+    (tiny, alone), (t, h, w) = size, grid
     whole = ReferenceLayout(model_of(tiny, (kind,)), (t, h, w), range(t), 1)
     attention = whole.model.blocks[0].attn
 
@@ -119,8 +126,16 @@ def layer(folder: str, kind: str, grid: Sequence[int], tiny: bool, threads: int)
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return whole._attended(attention, x)
 
-    path = str(Path(folder) / f"{kind}-{h}.onnx")
-    written(Layer(), (torch.randn(1, t, h * w, whole.model.config.hidden_size),), path)
+    class Operator(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attention.attend(q, k, v, h * w)
+
+    path, width = str(folder / f"{kind}-{h}.onnx"), whole.model.config.hidden_size
+    if alone:
+        heads = torch.randn(3, 1, t * h * w, attention.heads, width // attention.heads)
+        written(Operator(), tuple(heads), path)
+    else:
+        written(Layer(), (torch.randn(1, t, h * w, width),), path)
     return opened(path, threads, shared=True)
 
 

@@ -5,10 +5,12 @@
     python benchmarks/mobile_steps.py --entry teacher=runs/mobile_nano/export/transformer:30 \
         --entry two=runs/mobile_nano_two/export/transformer:2 --record   # the first entry is the one compared with
 
-Held-out clips of 17 frames at 320x176: film and real ones under their own measured motion score, and camera pushes over
-held-out photos. Every entry gets frame 0, the score and the same noise. Against the true frames: PSNR of frames 1 to
-16, ST-LPIPS and sharpness of every fourth; against the first entry's video: PSNR; and the motion score of what was
-made over the one asked for. "still" shows the photo 17 times. Means with bootstrap intervals of paired differences.
+Held-out clips of 17 frames at 640x384: film and real ones under their own measured motion score, and camera pushes
+over held-out photos. Every entry gets frame 0, the score and the same noise. Against the true frames, which are one
+answer of many: PSNR of frames 1 to 16, ST-LPIPS and sharpness of every fourth. Against the first entry's video: PSNR.
+"motion": the motion score of what was made over the one asked for; "spread": how far apart the motions of two seeds
+are, over their size (0: always the same motion; 1.41: nothing in common). "still" shows the photo 17 times, "push"
+pushes into it by the score. Means with bootstrap intervals of paired differences.
 """
 
 from __future__ import annotations
@@ -22,22 +24,25 @@ from typing import Any
 import baselines
 import common
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from swifti2v import metrics, presets
+from swifti2v import metrics, motion_field, presets
+from swifti2v.camera import camera_video
 from swifti2v.core import Size
 from swifti2v.evaluate import perceptual
 from swifti2v.mobile import MobileI2VPipeline
 from swifti2v.models.mobile_dit import MobileTransformer3DModel
+from swifti2v.models.nano_vae import NanoVAE
 from swifti2v.motion_score import motion_score
 from swifti2v.reference import fit_pixels
 from swifti2v.tiny import tiny_pipeline
-from swifti2v.train.mobile_nano import push_of
+from swifti2v.train.moving import SCORES, push_of
 from swifti2v.train.nano import Photos
 from swifti2v.train.synthetic import make_scene, render
 
-SIZE, FRAMES, SCORED = Size(320, 176), 17, (4, 8, 12, 16)
-PUSHES, SCORES = 12, (0.6, 1.5, 3.0)
+SIZE, FRAMES, SCORED = Size(640, 384), 17, (4, 8, 12, 16)
+PUSHES, PUSH_SCORES = 12, (0.6, 1.5, 3.0)
 DRAWS = 2000
 
 
@@ -79,14 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     entries = asked.entry or [Entry("2 steps", "", 2), Entry("1 step", "", 1)]
     truths = [tiny_truth()] if asked.tiny else held_out(asked.data, asked.clips)
     pipelines = {entry.folder: loaded(entry.folder, asked.tiny) for entry in entries}
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("still", *(entry.name for entry in entries))}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("still", "push", *(e.name for e in entries))}
     for number, truth in enumerate(truths):
-        rows["still"].append(judged(truth.frames[:, :1].expand(-1, FRAMES, -1, -1), truth, None))
+        for name, video in plain(truth).items():
+            rows[name].append(judged(video, truth, None))
         first = None
         for entry in entries:
-            video = made(pipelines[entry.folder], truth, entry, number)
+            fields, other = (motion(pipelines[entry.folder], truth, entry, seed) for seed in (number, number + 1000))
+            video = shown(fields, truth)
             first = video if first is None else first
-            rows[entry.name].append(judged(video, truth, first))
+            apart = float((fields - other).norm() / (fields.norm() * other.norm()).sqrt())
+            rows[entry.name].append(judged(video, truth, first) | {"spread": apart})
     kinds = [truth.kind for truth in truths]
     results = {name: table(found, rows[entries[0].name], kinds) for name, found in rows.items()}
     settings = {"clips": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, "size": str(SIZE), "frames": FRAMES}
@@ -102,7 +110,7 @@ def held_out(data: Path, limit: int | None) -> list[Truth]:
             found.append(Truth(clip.name, kind, fitted, motion_score(fitted)))
     photos = Photos(data / "photos.jsonl", "held_out")
     for number in range(PUSHES if limit is None else limit):
-        score = SCORES[number % len(SCORES)]
+        score = PUSH_SCORES[number % len(PUSH_SCORES)]
         scene = make_scene(photos[number % len(photos)], SIZE, push_of(score), FRAMES - 1, random.Random(number))
         found.append(Truth(photos.names[number % len(photos)], "push", render(scene, range(FRAMES)), score))
     return found
@@ -117,16 +125,16 @@ def loaded(folder: str, tiny: bool) -> Any:
     if tiny:
         return tiny_pipeline("mobile-nano")
     if not folder:
-        pipeline = MobileI2VPipeline.from_pretrained("mobile-nano")
-    else:
-        transformer = MobileTransformer3DModel.from_pretrained(folder)
-        pipeline = MobileI2VPipeline.from_pretrained("mobile-nano", transformer=transformer)
-    return pipeline
+        return MobileI2VPipeline.from_pretrained("mobile-nano")
+    transformer = MobileTransformer3DModel.from_pretrained(folder).eval()
+    vae = NanoVAE.from_pretrained(presets.package_folder() / "nano" / "vae").eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return MobileI2VPipeline(transformer, vae, scheduler, preset="mobile-nano")
 
 
 @torch.no_grad()
-def made(pipeline: Any, truth: Truth, entry: Entry, seed: int) -> Tensor:
-    """The entry's clip (3, 17, h, w)."""
+def motion(pipeline: Any, truth: Truth, entry: Entry, seed: int) -> Tensor:
+    """The entry's motion fields (1, 8, 5, h, w)."""
     size = f"{truth.frames.shape[3]}x{truth.frames.shape[2]}"
     request, _ = presets.resolve(
         pipeline.preset,
@@ -135,11 +143,28 @@ def made(pipeline: Any, truth: Truth, entry: Entry, seed: int) -> Tensor:
         num_frames=FRAMES,
         seed=seed,
         num_inference_steps=entry.steps,
-        motion_score=truth.score,
+        motion_score=asked_score(truth),
         sampler_2=entry.sampler,
     )
-    chunks = pipeline.stream(truth.frames[None, :, :1], request)
-    return torch.cat([chunk.frames for chunk in chunks], dim=2)[0].clamp(-1, 1)
+    return torch.cat(list(pipeline.latents(truth.frames[None, :, :1], request)), dim=2)
+
+
+def asked_score(truth: Truth) -> float:
+    """The network knows no score below those it was trained with."""
+    return max(truth.score, SCORES[0])
+
+
+def shown(fields: Tensor, truth: Truth) -> Tensor:
+    """The clip (3, 17, h, w) of motion fields."""
+    chunks = motion_field.decode_stream([fields], truth.frames[None, :, :1], asked_score(truth))
+    return torch.cat(list(chunks), dim=2)[0]
+
+
+def plain(truth: Truth) -> dict[str, Tensor]:
+    """What needs no network: the photo held still, and pushed into."""
+    photo = truth.frames[None, :, :1]
+    pushed = torch.cat(list(camera_video(photo, push_of(truth.score), FRAMES)), dim=2)[0]
+    return {"still": truth.frames[:, :1].expand(-1, FRAMES, -1, -1), "push": pushed}
 
 
 def judged(video: Tensor, truth: Truth, first: Tensor | None) -> dict[str, float]:
@@ -147,7 +172,7 @@ def judged(video: Tensor, truth: Truth, first: Tensor | None) -> dict[str, float
     row = {
         "psnr": float(metrics.psnr(video[:, 1:], truth.frames[:, 1:]).mean()),
         "sharpness_db": float(metrics.decibels(*(metrics.high_frequency_energy(x) for x in (some, true))).mean()),
-        "motion": motion_score(video) / max(truth.score, 0.1),
+        "motion": motion_score(video) / asked_score(truth),
     }
     if truth.kind != "noise":  # toy size: no picture to judge, and no weights needed
         row["st_lpips"] = float(perceptual.st_lpips(some, true).mean())

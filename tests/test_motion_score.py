@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("cv2")
 
-from swifti2v.camera import View
 from swifti2v.motion_score import SCORE_SIZE, motion_score
-from swifti2v.train.mobile_nano import push_flow, push_of, view_flow
 
 WIDTH, HEIGHT = SCORE_SIZE.width, SCORE_SIZE.height
 
@@ -48,14 +44,3 @@ def test_a_picture_twice_as_large_scores_the_same() -> None:
 def test_too_few_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="5 frames have no motion score"):
         motion_score(torch.zeros(3, 5, 32, 32))
-
-
-@pytest.mark.parametrize("score", [0.3, 2.0, 5.0])
-def test_a_drawn_push_has_the_score_it_was_drawn_for(score: float) -> None:
-    motion = push_of(score)
-    assert push_flow(math.log(motion.zoom) / 80) == pytest.approx(score)
-    assert view_flow(motion.at(0), motion.at(5)) == pytest.approx(score, rel=0.06)
-
-
-def test_flow_between_views_counts_both_components() -> None:
-    assert view_flow(View(0, 0, 1, 0), View(0.1, 0, 1, 0)) == pytest.approx(0.1 * WIDTH / 2)

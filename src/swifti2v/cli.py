@@ -177,11 +177,11 @@ def export(
     size: Annotated[str | None, option(FILE, "WIDTHxHEIGHT, built in.", metavar="WxH")] = None,
     num_frames: Annotated[int | None, option(FILE, "Length, built in.")] = None,
     steps: Annotated[int | None, option(FILE, "Denoising steps, built in.")] = None,
-    formats: Annotated[list[str] | None, option(FILE, "onnx or coreml; repeat.", "--format")] = None,
+    formats: Annotated[list[str] | None, option(FILE, "onnx, coreml or executorch; repeat.", "--format")] = None,
     precision: Annotated[str, option(FILE, "Of ONNX weights: float32, float16 or int8.")] = "float32",
     debug: Debug = False,
 ) -> None:
-    """MobileI2V as ONNX or Core ML graphs, with a script that needs only onnxruntime, numpy and pillow."""
+    """MobileI2V as ONNX, Core ML or ExecuTorch graphs; for ONNX with a script that needs no torch."""
     with reported(debug):
         from .core import Size
         from .export.blueprints import Clip

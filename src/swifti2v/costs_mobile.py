@@ -88,11 +88,46 @@ MOBILE_DIT = MobileDiTCost(
 
 
 @dataclass(frozen=True)
+class MotionFieldCost:
+    """``motion_field``: the photo is read by nano's encoder, a quarter as large, and looked up for every frame.
+
+    A latent position is 64x64 pixels, 16x16 of those that are encoded.
+    """
+
+    vae: NanoVAECost
+
+    STRIDE, CELLS, GROUP = 64, 2, 4
+
+    @property
+    def parameters(self) -> int:
+        """Of nano's whole VAE, which is loaded; its decoder is not used."""
+        return self.vae.parameters
+
+    def encode_flops(self, positions: int, blocks: int) -> int:
+        """Of the photo, once, whatever ``blocks``."""
+        return self.vae.encode_flops(positions, 1)
+
+    def encode_bytes(self, positions: int, blocks: int, itemsize: int) -> int:
+        return positions * 4 * (2 * self.vae.PIXELS + 2 * (self.vae.latent_channels + 8))
+
+    def decode_flops(self, rows: int, columns: int, blocks: int) -> int:
+        """Interpolation of the fields of rows x columns positions to pixels: two products a component and a frame."""
+        height, width = self.STRIDE * rows, self.STRIDE * columns
+        cells = self.CELLS * rows, self.CELLS * columns
+        return 2 * 2 * self.GROUP * (blocks - 1) * height * cells[1] * (cells[0] + width)
+
+    def decode_bytes(self, positions: int, blocks: int, itemsize: int) -> int:
+        """The frames of ``blocks`` blocks, and one in the making: its field at every pixel, where that is, what lies
+        there, and that within bounds; float32."""
+        return positions * self.STRIDE**2 * 4 * (3 * self.GROUP * blocks + 12)
+
+
+@dataclass(frozen=True)
 class MobileNetworks:
-    """One DiT and one VAE; there is no text."""
+    """One DiT and one VAE, or motion fields; there is no text."""
 
     transformer: MobileDiTCost
-    vae: LTXVAECost | NanoVAECost
+    vae: LTXVAECost | MotionFieldCost
 
     @property
     def stage_two(self) -> MobileDiTCost:
@@ -100,13 +135,13 @@ class MobileNetworks:
         return self.transformer
 
     @property
-    def vae_2(self) -> LTXVAECost | NanoVAECost:
+    def vae_2(self) -> LTXVAECost | MotionFieldCost:
         """As ``costs.Networks`` names what the loop's latents belong to."""
         return self.vae
 
     def weight_bytes(self, itemsize: int) -> int:
         """Parameters of ``itemsize`` bytes, and what nano's VAE holds beside them."""
-        beside = self.vae.buffer_bytes if isinstance(self.vae, NanoVAECost) else 0
+        beside = self.vae.vae.buffer_bytes if isinstance(self.vae, MotionFieldCost) else 0
         return (self.transformer.parameters + self.vae.parameters) * itemsize + beside
 
 
@@ -124,5 +159,5 @@ def read_mobile(folder: Path, vae: Path | None = None) -> MobileNetworks:
     config = json.loads((at / "config.json").read_text())
     transformer = MobileDiTCost.from_config(json.loads((folder / "transformer" / "config.json").read_text()), 0)
     if "kept_image" in config:
-        return MobileNetworks(transformer, NanoVAECost.from_config(config))
+        return MobileNetworks(transformer, MotionFieldCost(NanoVAECost.from_config(config)))
     return MobileNetworks(transformer, TURBO_VAE if (folder / "decoder").is_dir() else LTX_VAE)

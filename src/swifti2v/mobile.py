@@ -2,7 +2,7 @@
 
 photo -> block 0, the anchor -> segments of blocks, denoised around it -> pixel chunks. The loop is Stage II's
 (``stage_two.refine``); what is told is not a sentence but ``motion_score``, how much is to move. There is no text and
-so nothing to guide by.
+so nothing to guide by. Latents are those of an LTX VAE, or, for mobile-nano, how the photo moves (``motion_field``).
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from diffusers.utils import logging
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
-from . import flow, presets
+from . import flow, motion_field, presets
 from .checkpoints import hash_files, read_json
 from .core import Chunk, Request, UsageError
 from .memory import Placement
-from .models.causal_vae import decode_stream, encode_stream
 from .models.ltx_vae import LTXCodec
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.turbo_decoder import TurboDecoder
-from .reference import static_video
 from .runs import (
     Emit,
     Journal,
@@ -62,11 +60,12 @@ def levels(steps: int, shift: float) -> tuple[float, ...]:
 
 
 class MobileI2VPipeline(DiffusionPipeline):
-    """Image-to-video with a ``MobileTransformer3DModel`` on the latents of an LTX VAE or of nano's.
+    """Image-to-video with a ``MobileTransformer3DModel`` on the latents of an LTX VAE, or on motion fields.
 
     ``decoder``: a ``TurboDecoder`` in place of the LTX VAE's own. ``preset`` names the grid and the defaults
     (``presets.PRESETS``). ``latent_norm``: what latents the transformer was trained on, "raw" or "per_channel"
-    (``LTXCodec``); None is raw for an LTX VAE (the published network) and per_channel for nano's, which knows no other.
+    (``LTXCodec``); None is raw for an LTX VAE (the published network). With nano's VAE, which then only shows the photo
+    to the network, latents are ``motion_field``'s and know no other form than per_channel.
     Raises ValueError if the parts do not fit each other.
     """
 
@@ -162,8 +161,8 @@ class MobileI2VPipeline(DiffusionPipeline):
         """Make the clip: frame 0, then the frames of every segment.
 
         Arguments as ``SwiftI2VPipeline.stream``; ``motion`` must be None, there is no stage that it could replace.
-        With nano's VAE each chunk comes before the next segment is denoised; an LTX decoder sees the whole clip, so
-        that there all chunks come at the end. Raises ValueError if the photo has another size than the request.
+        Motion fields are decoded before the next segment is denoised; an LTX decoder sees the whole clip, so that there
+        all chunks come at the end. Raises ValueError if the photo has another size than the request.
         """
         check_photo(photo, request)
         if motion is not None:
@@ -172,7 +171,7 @@ class MobileI2VPipeline(DiffusionPipeline):
         photo = photo.to(self._execution_device, torch.float32)
         report("started", "run", total=total, message=f"{request.num_frames} frames of {request.size}")
         start = number = 0
-        for pixels in self._decoded(self._denoised(photo, request, job, report), photo, report):
+        for pixels in self._decoded(self._denoised(photo, request, job, report), photo, request, report):
             if number == 0 and request.exact_first_frame:
                 pixels = photo
             yield Chunk(pixels, start, number, total)
@@ -237,36 +236,44 @@ class MobileI2VPipeline(DiffusionPipeline):
         return LTXPipelineOutput(frames=video) if return_dict else (video,)
 
     def _encoded(self, photo: Tensor) -> tuple[Tensor, Tensor]:
-        """The anchor, and what a later block would be if nothing moved (zeros for a network without reference)."""
+        """The reference (1, c or more, 1, h, w) of block 0, whose first c channels are the anchor, and of later blocks.
+
+        Zeros for a network without one; for motion fields that nothing moves, and the photo's latents behind.
+        """
         if not isinstance(self.vae, NanoVAE):
             anchor = LTXCodec(self.vae, self.decoder, self.config.latent_norm).encode(photo)
             return anchor, torch.zeros_like(anchor)
-        # Of a motionless clip all blocks after block 0 are equal: one stands for them.
-        anchor, still = encode_stream(self.vae, static_video(photo, self.vae.temporal_stride + 1))
-        return anchor, still
+        reference = motion_field.reference(self.vae, photo)
+        return reference, reference
 
     def _denoised(self, photo: Tensor, request: Request, job: Journal | None, report: Reporter) -> Iterator[Tensor]:
         """The anchor, then every segment, saved before it is decoded: a failure in decode loses nothing."""
-        anchor, still = self._encoded(photo)
-        score = request.motion_score
+        first, later = self._encoded(photo)
+        channels = self.preset.grid.stage_two.channels
         velocity = dit_velocity(
             self.transformer,
             None,
             request.csg,
             trained_blocks=self.preset.grid.trained_blocks,
-            motion_score=self.preset.defaults["motion_score"] if score is None else score,
+            motion_score=self._score(request),
         )
         sampling = Sampling(
             levels(request.num_inference_steps, request.shift), request.seed, request.csg, sampler=request.sampler_2
         )
-        plan, reference = segment_windows(self.preset, request), chain([anchor], repeat(still))
-        yield anchor
-        yield from saved_segments(velocity, reference, plan, sampling, job, report)
+        plan, reference = segment_windows(self.preset, request), chain([first], repeat(later))
+        yield first[:, :channels]
+        yield from saved_segments(velocity, reference, plan, sampling, job, report, channels)
 
-    def _decoded(self, latents: Iterator[Tensor], photo: Tensor, report: Reporter) -> Iterator[Tensor]:
+    def _score(self, request: Request) -> float:
+        score = request.motion_score
+        return self.preset.defaults["motion_score"] if score is None else score
+
+    def _decoded(
+        self, latents: Iterator[Tensor], photo: Tensor, request: Request, report: Reporter
+    ) -> Iterator[Tensor]:
         """Pixels, one chunk for the anchor and one for each segment, (1, 3, t, H, W) in [-1, 1]."""
         if isinstance(self.vae, NanoVAE):
-            yield from decode_stream(self.vae, latents, photo)
+            yield from motion_field.decode_stream(latents, photo, self._score(request))
             return
         codec, parts = LTXCodec(self.vae, self.decoder, self.config.latent_norm), list(latents)
         report("progress", "decode", step=0, total=1)
@@ -281,18 +288,22 @@ def _refuse_misfits(transformer: Any, vae: Any, decoder: Any, preset: presets.Pr
         raise ValueError(f"preset {preset.name!r} is not one of MobileI2V's")
     if not config.motion_embedding or config.cross_attention_dim is not None:
         raise ValueError("a MobileI2V transformer has a motion embedding and no text (cross_attention_dim)")
-    codec = vae if nano else LTXCodec(vae, decoder, latent_norm)
     if nano and (decoder is not None or latent_norm != "per_channel"):
-        raise ValueError("nano's VAE has its own decoder and per_channel latents; leave decoder and latent_norm out")
-    references = (0, codec.latent_channels) if nano else (0,)
-    if config.in_channels != codec.latent_channels or config.reference_channels not in references:
+        raise ValueError("motion fields have no decoder and no other latent_norm than per_channel; leave both out")
+    if nano:
+        references = motion_field.CHANNELS + vae.latent_channels
+        grid = (motion_field.TOKEN, motion_field.FRAMES, motion_field.CHANNELS)
+    else:
+        codec, references = LTXCodec(vae, decoder, latent_norm), 0
+        grid = (codec.spatial_stride, codec.temporal_stride, codec.latent_channels)
+    if config.in_channels != grid[2] or config.reference_channels != references:
         raise ValueError(
             f"the transformer takes {config.in_channels} channels and {config.reference_channels} of a reference, "
-            f"the VAE makes {codec.latent_channels}"
+            f"there are {grid[2]} and {references}"
         )
-    lattice, grid = preset.grid.stage_two, (codec.spatial_stride, codec.temporal_stride, codec.latent_channels)
+    lattice = preset.grid.stage_two
     if grid != (lattice.stride, preset.grid.temporal_stride, lattice.channels):
-        raise ValueError(f"the VAE's strides and channels {grid} are not those of preset {preset.name!r}")
+        raise ValueError(f"strides and channels {grid} are not those of preset {preset.name!r}")
 
 
 def _shared_vae(folder: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """What a clip of MobileI2V costs: ``plan`` for presets with one stage and no text.
 
 It mirrors ``MobileI2VPipeline.stream``: the photo is encoded, segments are denoised, and with an LTX VAE the whole
-clip is decoded at once. Seconds are known for nano's networks alone, whose machine ``doctor`` has measured.
+clip is decoded at once. Seconds are known for mobile-nano alone, whose machine ``doctor`` has measured.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .core import UsageError
-from .costs_mobile import MOBILE, MobileNetworks, read_mobile
-from .costs_nano import NanoVAECost
+from .costs_mobile import MOBILE, MobileNetworks, MotionFieldCost, read_mobile
 from .plan import FRAME_BYTES, Phase, Plan, Planner, Row
+
+WARP_TRAFFIC = 30  # looking a frame up, as copies of it (FRAME_BYTES a pixel)
 
 
 def networks_of_mobile(preset: Any) -> MobileNetworks:
@@ -33,7 +34,7 @@ class MobilePlanner(Planner):
 
     @property
     def nano(self) -> bool:
-        return isinstance(self.networks.vae_2, NanoVAECost)
+        return isinstance(self.networks.vae_2, MotionFieldCost)
 
     @property
     def chunk_blocks(self) -> int:
@@ -44,12 +45,12 @@ class MobilePlanner(Planner):
         return self._image(), self._refine(), self._decode(), self._write()
 
     def _image(self) -> Row:
-        """The anchor, and with nano's VAE the latents of one block in which nothing moves."""
+        """The photo's latents: the anchor, or what motion fields start from."""
         vae, positions = self.networks.vae_2, self.positions[1]
-        flops = vae.encode_flops(positions, 2 if self.nano else 1)
+        flops = vae.encode_flops(positions, 1)
         return Row(
             "image",
-            forwards=2 if self.nano else 1,
+            forwards=1,
             flops=flops,
             weight_bytes=vae.parameters * self.itemsize,
             activation_bytes=vae.encode_bytes(positions, 1, self.itemsize),
@@ -60,6 +61,20 @@ class MobilePlanner(Planner):
         tokens = self.preset.grid.stage_two.tokens_per_block(self.request.size)
         steps = self.request.num_inference_steps
         return self._denoising("refine", self.networks.stage_two, self.stage_two_windows, tokens, (steps, 1.0))
+
+    def _decode(self) -> Row:
+        if not self.nano:
+            return super()._decode()
+        fields: Any = self.networks.vae_2
+        grid, frames = self.preset.grid.stage_two.latent_size(self.request.size), self.request.num_frames - 1
+        flops = fields.decode_flops(grid.height, grid.width, self.blocks)
+        return Row(
+            "decode",
+            forwards=frames,
+            flops=flops,
+            activation_bytes=fields.decode_bytes(self.positions[1], self.chunk_blocks, self.itemsize),
+            seconds=self._seconds(flops, frames * self.request.size.area * FRAME_BYTES * WARP_TRAFFIC),
+        )
 
     def _latent_bytes(self, phase: Phase, longest: int) -> int:
         held = super()._latent_bytes(phase, longest)

@@ -84,7 +84,7 @@ _NANO = Lattice(stride=16, patch=2, channels=96, pads=True)
 _TINY_WAN_ONE = Lattice(stride=8, patch=2, channels=16)
 _TINY_WAN_TWO = Lattice(stride=16, patch=2, channels=4)
 _LTX = Lattice(stride=32, patch=1, channels=128, unit=4)
-_MOBILE_NANO = Lattice(stride=16, patch=1, channels=96)
+_MOBILE_NANO = Lattice(stride=64, patch=1, channels=8)
 _TINY_LTX = Lattice(stride=32, patch=1, channels=8, unit=4)
 _MOBILE = {"num_inference_steps": 30, "shift": 3.0, "motion_score": 2.0, "csg": CSG(segment_blocks=2)}
 _MOBILE_NANO_DEFAULTS = {**_MOBILE, "csg": CSG(segment_blocks=4)}
@@ -139,8 +139,8 @@ PRESETS: dict[str, Preset] = {
         Preset(
             name="mobile-nano",
             family="mobile",
-            title="a small MobileI2V on nano's VAE; no weights yet (docs/experiments.md says what failed)",
-            grid=_one_stage(_MOBILE_NANO, Size(320, 176)),
+            title="a small MobileI2V that moves the photo's own pixels; shipped in the package, runs on a CPU",
+            grid=_one_stage(_MOBILE_NANO, Size(1280, 704)),
             stage_one="nano_mobile",
             stage_two="nano_mobile",
             num_frames=17,

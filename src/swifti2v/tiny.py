@@ -27,6 +27,7 @@ from .models.nano_vae import NanoVAE
 from .models.text import nano_tokenizer
 from .models.turbo_decoder import TurboDecoder
 from .models.wan import SwiftI2VTransformer3DModel
+from .motion_field import CHANNELS
 from .pipeline import SwiftI2VPipeline
 
 TEXT_DIM = 16
@@ -57,8 +58,9 @@ def tiny_mobile(family: str = "mobile", seed: int = 0, turbo: bool = False) -> M
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae: Any = ltx_vae() if family == "mobile" else _nano_vae()
-        channels = vae.config.latent_channels if family == "mobile" else vae.latent_channels
-        nano: dict[str, Any] = {"reference_channels": channels, "prediction": "residual", "absolute_positions": True}
+        channels = vae.config.latent_channels if family == "mobile" else CHANNELS
+        photo = presets.get("nano").grid.stage_two.channels
+        nano: dict[str, Any] = {"reference_channels": CHANNELS + photo, "absolute_positions": True}
         transformer = MobileTransformer3DModel(
             in_channels=channels,
             out_channels=channels,

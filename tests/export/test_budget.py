@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from swifti2v.export.budget import mil_operators, onnx_operators
-from swifti2v.models.channels_first import ChannelsFirstAttention
-from swifti2v.models.mobile_dit import SelfAttention
+from swifti2v.models.channels_first import ChannelsFirstAttention, exportable
+from swifti2v.models.mobile_dit import MobileTransformer3DModel, SelfAttention
 from swifti2v.models.positions import rope_tables
 
 pytest.importorskip("onnx")
@@ -47,3 +47,20 @@ def test_core_ml_transposes_keys_once(kind: str, einsums: int) -> None:
     counts = mil_operators(convert(module, (x,), ["x"], ["y"]))
     assert counts["transpose"] == 1 and counts.get("reshape", 0) == 0
     assert counts["einsum"] == einsums and "matmul" not in counts
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_level_has_bounds_that_float16_has() -> None:
+    """Without an upper one the converter takes float32's largest number, infinity in float16."""
+    pytest.importorskip("coremltools")
+    from swifti2v.export.coreml import convert
+
+    sizes: dict[str, Any] = {"in_channels": 8, "out_channels": 8, "hidden_size": 48, "num_attention_heads": 2}
+    kind: dict[str, Any] = {"attention_pattern": ("linear",), "reference_channels": 8, "prediction": "residual"}
+    module = exportable(MobileTransformer3DModel(**sizes, **kind).eval().requires_grad_(False), (2, 2, 3), half=True)
+    latents, one = torch.randn(1, 8, 2, 2, 3), torch.ones(1)
+    model = convert(
+        module, (latents, one, one, latents), ["latents", "sigma", "motion_score", "reference"], ["velocity"]
+    )
+    (clip,) = (op for op in model._mil_program.functions["main"].operations if op.op_type == "clip")
+    assert clip.inputs["beta"].val == 1

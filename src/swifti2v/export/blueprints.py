@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import presets
+from .. import motion_field, presets
 from ..core import Size, UsageError
 from ..mobile import MobileI2VPipeline, levels
 from ..models.channels_first import Equations, exportable
@@ -21,11 +21,13 @@ from ..segments import windows
 from .blueprint import Blueprint
 from .contracts import Layout, WindowContract
 from .ltx_graphs import LatentDecoder, LatentEncoder
-from .nano_graphs import NanoCarry, NanoEncoder, NanoFinish, NanoFirst, NanoSoft
+from .nano_graphs import NanoDecoder, NanoEncoder
+from .warp import Warp
 
 PIXELS, LATENTS = "pixels in [-1, 1]", "normalized latents, mostly within 6 of 0"
 RAW = "raw latents of the VAE"
-FLOW = "x and y in pixels of the quarter-size frame; all zero for the first frame after frame 0"
+MOTION = "motion fields as latents, of a standard deviation of about 1; all zero for block 0"
+FIELD = "x and y in pixels from where each of the photo's parts is to be taken at the end of the block"
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,27 @@ class Plan:
             made.append(WindowContract(context=window.context, segment=window.segment, positions=positions))
         return tuple(made)
 
-    def blueprints(self, layouts: Sequence[Layout], equations: Equations = "onnx") -> Iterator[Blueprint]:
+    @property
+    def reach(self) -> float | None:
+        """See ``Manifest``."""
+        return motion_field.reach(1, 1.0, self.size.width, self.size.height) if self.nano else None
+
+    def blueprints(
+        self, layouts: Sequence[Layout], equations: Equations = "onnx", warp: Warp = "grid-sample"
+    ) -> Iterator[Blueprint]:
         """One at a time, so that a large module goes before the next is made."""
         photo = example_photo(self.size)
         encoder = self._encoder(photo)
         yield encoder
-        anchor, *still = encoder.wanted()
+        anchor, *reference = encoder.wanted()
         for number in range(len(self.windows)):
             for layout in layouts:
-                yield self._denoiser(number, layout, equations, (anchor, *still))
-        yield from self._nano_decoders(photo, anchor, still[0]) if self.nano else self._ltx_decoder(anchor)
+                yield self._denoiser(number, layout, equations, (anchor, *reference))
+        yield self._nano_decoder(photo, anchor, warp) if self.nano else self._ltx_decoder(anchor)
 
     def _encoder(self, photo: Tensor) -> Blueprint:
         if self.nano:
-            outputs = {"anchor": LATENTS, "still": f"{LATENTS}: every later block of a video that stands still"}
+            outputs = {"anchor": MOTION, "reference": "all zero, then latents mostly within 6 of 0; for every block"}
             return Blueprint("encoder", NanoEncoder(self.pipeline.vae), (photo,), {"photo": PIXELS}, outputs)
         codec = LTXCodec(self.pipeline.vae, self.pipeline.decoder, self.pipeline.config.latent_norm)
         return Blueprint("encoder", LatentEncoder(codec), (photo,), {"photo": PIXELS}, {"anchor": self.said})
@@ -108,15 +117,18 @@ class Plan:
     @property
     def said(self) -> str:
         """What latents are."""
+        if self.nano:
+            return MOTION
         return RAW if self.pipeline.config.latent_norm == "raw" else LATENTS
 
     def _denoiser(self, number: int, layout: Layout, equations: Equations, encoded: tuple[Tensor, ...]) -> Blueprint:
-        window, (anchor, *still) = self.windows[number], encoded
+        window, (anchor, *reference) = self.windows[number], encoded
         _, c, _, h, w = anchor.shape
         blocks = (*window.context, *window.segment)
-        noise = torch.stack([block_noise((c, h, w), seed=0, block=k) for k in window.segment], dim=1)[None]
-        context = [anchor if k == 0 else (still or [anchor])[0] for k in window.context]
-        examples = [torch.cat([*context, noise], dim=2), torch.ones(1), torch.ones(1)]
+        drawn = {k: block_noise((1, c, 1, h, w), seed=0, block=k) for k in blocks}
+        context = [drawn[k] if self.nano and k else anchor for k in window.context]
+        latents = torch.cat([*context, *(drawn[k] for k in window.segment)], dim=2)
+        examples = [latents, torch.ones(1), torch.ones(1)]
         inputs = {
             "latents": f"{self.said}: finished blocks clean, then the segment at noise level sigma",
             "sigma": "the segment's noise level, one of the manifest's levels",
@@ -124,8 +136,8 @@ class Plan:
         }
         network: Any = self.pipeline.transformer
         if network.config.reference_channels:
-            examples.append(torch.cat([anchor if k == 0 else still[0] for k in blocks], dim=2))
-            inputs["reference"] = f"{self.said}: the anchor for block 0, still for every other"
+            examples.append(reference[0].expand(-1, -1, len(blocks), -1, -1).contiguous())
+            inputs["reference"] = "the encoder's, once for each block"
         module = exportable(
             network,
             (len(blocks), h, w),
@@ -138,29 +150,34 @@ class Plan:
         outputs = {"velocity": "noise - clean of the segment; x += (next sigma - sigma) * velocity"}
         return Blueprint("denoiser", module, tuple(examples), inputs, outputs, layout, number)
 
-    def _nano_decoders(self, photo: Tensor, anchor: Tensor, still: Tensor) -> Iterator[Blueprint]:
-        vae, size = self.pipeline.vae, (self.size.height, self.size.width)
-        first = {"latents": f"{LATENTS}: block 0"}
-        yield Blueprint("decoder_first", NanoFirst(vae), (anchor,), first, {"frame": PIXELS})
-        later = still + 0.05 * block_noise(still.shape, seed=0, block=1)
-        soft_of = Blueprint("decoder_soft", NanoSoft(vae), (later,), {"latents": LATENTS}, {"soft": PIXELS})
-        yield soft_of
-        soft = soft_of.wanted()[0]
-        flow = torch.zeros(1, 2, size[0] // 4, size[1] // 4)
-        names = {"photo": PIXELS, "soft": f"{PIXELS}: one of decoder_soft's frames", "flow": FLOW}
-        made = {"moved": PIXELS, "next_flow": FLOW}
-        yield Blueprint("decoder_carry", NanoCarry(size), (photo, soft[:, :, 0], flow), names, made)
-        moved = photo[:, :, None].expand(-1, -1, soft.shape[2], -1, -1).contiguous()
-        names = {"latents": LATENTS, "soft": PIXELS, "moved": f"{PIXELS}: decoder_carry's, stacked"}
-        yield Blueprint("decoder_finish", NanoFinish(vae, size), (later, soft, moved), names, {"frames": PIXELS})
+    def _nano_decoder(self, photo: Tensor, anchor: Tensor, warp: Warp) -> Blueprint:
+        height, width = self.size.height, self.size.width
+        assert self.reach is not None
+        before, latents = (block_noise(shape, seed=0, block=k) for k, shape in enumerate(self._fields(anchor), 1))
+        reach = torch.tensor([2 * self.reach * self.preset.defaults["motion_score"]])
+        inputs = {
+            "photo": PIXELS,
+            "latents": f"{MOTION}; one block after block 0",
+            "before": f"{FIELD} before: the last call's after, at first all zero",
+            "reach": "the manifest's reach * motion score * number of the block, from 1",
+        }
+        outputs = {"frames": PIXELS, "after": FIELD}
+        module = NanoDecoder((height, width), warp)
+        return Blueprint("decoder", module, (photo, latents, reach * before, reach), inputs, outputs)
 
-    def _ltx_decoder(self, anchor: Tensor) -> Iterator[Blueprint]:
+    @staticmethod
+    def _fields(anchor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a field and of its latents."""
+        _, c, _, h, w = anchor.shape
+        return (1, 2, motion_field.CELLS * h, motion_field.CELLS * w), (1, c, 1, h, w)
+
+    def _ltx_decoder(self, anchor: Tensor) -> Blueprint:
         t = self.grid.blocks(self.num_frames)
         codec = LTXCodec(self.pipeline.vae, self.pipeline.decoder, self.pipeline.config.latent_norm)
         module = LatentDecoder(codec, (self.size.height, self.size.width))
         latents = torch.cat([anchor, anchor.expand(-1, -1, t - 1, -1, -1)], dim=2)
         latents = latents + 0.05 * anchor.std() * block_noise(latents.shape, seed=0, block=1)
-        yield Blueprint("decoder", module, (latents,), {"latents": self.said}, {"frames": PIXELS})
+        return Blueprint("decoder", module, (latents,), {"latents": self.said}, {"frames": PIXELS})
 
 
 def example_photo(size: Size) -> Tensor:

@@ -36,6 +36,14 @@ def mil_operators(model: Any) -> dict[str, int]:
     return _counted(operation.op_type for operation in model._mil_program.functions["main"].operations)
 
 
+def edge_operators(program: Any) -> dict[str, int]:
+    """Operators of a program lowered for ExecuTorch: its delegates (each a piece that the backend runs whole), and by
+    name what is left to the portable kernels."""
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    names = [getattr(node.target, "__name__", str(node.target)) for node in nodes]
+    return _counted(name for name in names if name != "getitem")
+
+
 def _counted(kinds: Any) -> dict[str, int]:
     counts = Counter(kind for kind in kinds if kind not in ("Constant", "const"))
     return dict(sorted(counts.items()))

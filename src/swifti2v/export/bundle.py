@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import shutil
@@ -27,11 +29,22 @@ from .contracts import Format, GraphContract, Layout, Manifest, Precision, write
 
 LOG = logging.getLogger(__name__)
 RUNNER = "run.py"
+NEEDED: dict[Format, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxruntime"),
+    "coreml": ("coremltools",),
+    "executorch": ("executorch",),
+}
+EXTRA = {"executorch": "executorch"}  # all else comes with swifti2v[export]
 LAYOUTS: tuple[Layout, ...] = ("reference", "channels-first")
 CLIP_PSNR: dict[Precision, float] = {"float32": 40.0, "float16": 35.0, "int8": 20.0}  # of a whole clip, dB
 COMPARED_PARAMETERS = 50_000_000  # larger networks are not run a second time for clip_psnr
 # Softmax over axis 1 aside, ONNX Runtime's CPU kernels are made for tokens-first matrix products.
-LAYOUT_FOR: dict[str, Layout] = {"onnxruntime-cpu": "reference", "coreml": "channels-first", "phone": "channels-first"}
+LAYOUT_FOR: dict[str, Layout] = {
+    "onnxruntime-cpu": "reference",
+    "coreml": "channels-first",
+    "phone": "channels-first",
+    "executorch": "reference",
+}
 NOISE = (
     "block k of seed s: standard normal (c, h, w) of torch's CPU generator seeded with the first 8 bytes, little-endian"
     " and shifted right by 1, of blake2b(b'swifti2v/stage_two/{s}/0/{k}/0', digest_size=8); run.py has it in numpy"
@@ -48,10 +61,11 @@ def export(
     precision: Precision = "float32",
 ) -> Manifest:
     """Write ``out``, a new folder: graphs of encoder, denoiser (in each of ``layouts``) and decoder, ``manifest.json``,
-    and, for ONNX, ``run.py``, which makes clips with onnxruntime, numpy and pillow.
+    and, for ONNX, ``run.py``, which makes clips with onnxruntime, numpy and pillow. Core ML's denoiser is always
+    channels-first, ExecuTorch's in the reference layout.
 
     ``model``: a pipeline, or what ``MobileI2VPipeline.from_pretrained`` takes. ``clip``: size, frames and steps, which
-    are built in. ``precision``: of ONNX's stored weights; Core ML is float16. Every graph that
+    are built in. ``precision``: of ONNX's stored weights; Core ML is float16, ExecuTorch float32. Every graph that
     can run here is compared with torch, and so is a whole clip of a small model; on ParityError nothing is written.
     Raises UsageError for what cannot be exported or if ``out`` exists.
     """
@@ -70,7 +84,7 @@ def export(
         write_manifest(manifest, folder)
         if "onnx" in wanted:
             shutil.copyfile(runner.__file__, folder / RUNNER)
-            manifest = _compared(plan, folder, manifest, precision)
+        manifest = _compared(plan, folder, manifest, precision)
         if out.exists():
             raise RunError(f"{out} appeared while it was being made and is not overwritten")
         os.replace(folder, out)
@@ -90,6 +104,9 @@ def _check(out: Path, formats: tuple[Format, ...], layouts: Sequence[Layout], pr
         unknown = [value for value in given if value not in known]
         if unknown or not given:
             raise UsageError(f"{name} {unknown or 'nothing'} is not among {', '.join(known)}")
+    for module in (name for kind in formats for name in NEEDED[kind]):
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"{module} is not installed: pip install 'swifti2v[{EXTRA.get(module, 'export')}]'")
 
 
 def _write(
@@ -100,15 +117,14 @@ def _write(
             LOG.info("onnx: %s", blueprint.name)
             yield onnx.write(blueprint, folder, precision)
         return
-    from . import coreml
-
-    yield from coreml.write_all(plan, folder)
+    module: Any = importlib.import_module({"coreml": ".coreml", "executorch": ".xnnpack"}[kind], __package__)
+    yield from module.write_all(plan, folder)
 
 
 def _manifest(plan: Plan, graphs: Sequence[GraphContract]) -> Manifest:
     pipeline = plan.pipeline
     anchor = next(g for g in graphs if g.role == "encoder").outputs[0].shape
-    names = ("torch", "onnx", "onnxruntime", "coremltools", "swifti2v")
+    names = ("torch", "onnx", "onnxruntime", "coremltools", "executorch", "swifti2v")
     return Manifest(
         family="nano" if plan.nano else "ltx",
         width=plan.size.width,
@@ -119,7 +135,7 @@ def _manifest(plan: Plan, graphs: Sequence[GraphContract]) -> Manifest:
         levels=plan.levels,
         motion_score=plan.preset.defaults["motion_score"],
         windows=plan.windows,
-        carries_detail=plan.nano,
+        reach=plan.reach,
         layout_for=_layouts_for({g.layout for g in graphs if g.layout}),
         noise=NOISE,
         weights_sha256={name: _hash(part) for name, part in pipeline.components.items() if hasattr(part, "parameters")},
@@ -142,22 +158,36 @@ def _notes(formats: set[Format]) -> tuple[str, ...]:
 
 
 def _compared(plan: Plan, folder: Path, manifest: Manifest, precision: Precision) -> Manifest:
-    """The manifest with ``clip_psnr``, rewritten; ParityError if the runner's clip is not torch's."""
+    """The manifest with ``clip_psnr``, rewritten; ParityError if the clip of a format that runs here is not torch's."""
     parameters = sum(p.numel() for p in plan.pipeline.transformer.parameters())
-    if parameters > COMPARED_PARAMETERS:
+    bundles = _runnable(folder, manifest)
+    if parameters > COMPARED_PARAMETERS or not bundles:
         return manifest
-    photo, layout = example_photo(plan.size), manifest.layout_for["onnxruntime-cpu"]
-    frames = list(runner.generate(runner.Bundle(folder, layout, torch.get_num_threads()), photo.numpy(), seed=0))
-    made = torch.from_numpy(np.stack(frames)).float() / 127.5 - 1
+    photo, found = example_photo(plan.size), []
     wanted = torch_clip(plan, photo, seed=0)[0].permute(1, 2, 3, 0)
     wanted = ((wanted + 1) * 127.5).round() / 127.5 - 1
-    error = float((made - wanted).square().mean())
-    psnr = min(120.0, 10 * float(np.log10(4 / max(error, 1e-12))))
-    if not psnr >= CLIP_PSNR[precision]:
-        raise ParityError(f"the bundle's clip is {psnr:.1f} dB from torch's, less than {CLIP_PSNR[precision]:g}")
-    manifest = manifest.model_copy(update={"clip_psnr": round(psnr, 2)})
+    for bundle in bundles:
+        made = torch.from_numpy(np.stack(list(runner.generate(bundle, photo.numpy(), seed=0)))).float() / 127.5 - 1
+        error = float((made - wanted).square().mean())
+        psnr, limit = min(120.0, 10 * float(np.log10(4 / max(error, 1e-12)))), CLIP_PSNR["float32"]
+        limit = CLIP_PSNR[precision] if bundle.kind == "onnx" else limit
+        if not psnr >= limit:
+            raise ParityError(f"the {bundle.kind} bundle's clip is {psnr:.1f} dB from torch's, less than {limit:g}")
+        found.append(psnr)
+    manifest = manifest.model_copy(update={"clip_psnr": round(min(found), 2)})
     write_manifest(manifest, folder)
     return manifest
+
+
+def _runnable(folder: Path, manifest: Manifest) -> list[runner.Bundle]:
+    formats, bundles = {graph.format for graph in manifest.graphs}, list[runner.Bundle]()
+    if "onnx" in formats:
+        bundles.append(runner.Bundle(folder, manifest.layout_for["onnxruntime-cpu"], torch.get_num_threads()))
+    if "executorch" in formats:
+        from . import xnnpack
+
+        bundles.append(xnnpack.Bundle(folder, manifest.layout_for["executorch"]))
+    return bundles
 
 
 def torch_clip(plan: Plan, photo: Tensor, seed: int) -> Tensor:

@@ -17,10 +17,10 @@ from ..core import Size, UsageError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Final = 1
-Format = Literal["onnx", "coreml"]
+Format = Literal["onnx", "coreml", "executorch"]
 Precision = Literal["float32", "float16", "int8"]
 Layout = Literal["reference", "channels-first"]
-Role = Literal["encoder", "denoiser", "decoder", "decoder_first", "decoder_soft", "decoder_carry", "decoder_finish"]
+Role = Literal["encoder", "denoiser", "decoder"]
 
 
 class _Frozen(BaseModel):
@@ -45,7 +45,7 @@ class Parity(_Frozen):
 
 
 class GraphContract(_Frozen):
-    """One file. ``weights``: how they are stored (arithmetic is float32 but for Core ML, which is float16);
+    """One file. ``weights``: how they are stored (arithmetic is float32 but where Core ML's weights are float16);
     ``window``: which of the manifest's windows a denoiser is for; ``operators``: how many of each kind, once optimized.
     """
 
@@ -74,8 +74,9 @@ class WindowContract(_Frozen):
 class Manifest(_Frozen):
     """A bundle. ``levels``: the explicit descending noise levels, 1 first and 0 last: never re-derive them from a
     scheduler. ``motion_score``: unless the user asks for another. ``layout_for``: which of the denoiser's layouts is
-    meant for what. ``noise``: how to draw it, in words. ``clip_psnr``: of a clip made by the runner, against torch's,
-    in dB (None: too large to compare here).
+    meant for what. ``noise``: how to draw it, in words. ``clip_psnr``: of a clip made by the graphs, against torch's,
+    in dB, of the worst format that runs here (None: too large to compare). ``reach``, for decoders that move the photo:
+    pixels that a vector of length 1 stands for at the end of block 1 at motion score 1; times both otherwise.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -88,7 +89,7 @@ class Manifest(_Frozen):
     levels: tuple[float, ...]
     motion_score: float
     windows: tuple[WindowContract, ...]
-    carries_detail: bool
+    reach: float | None
     layout_for: dict[str, Layout]
     noise: str
     clip_psnr: float | None = None

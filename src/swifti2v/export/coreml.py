@@ -1,7 +1,8 @@
-"""The denoiser (channels-first) and encoder as Core ML packages: iOS 17 ML programs in float16.
+"""A pipeline's graphs as Core ML packages: iOS 17 ML programs, the denoiser channels-first.
 
-Converted and counted here; Core ML runs on Apple's systems alone, so nothing is compared with torch, and the manifest
-says so: ``parity.error`` is None. The decoder is not converted: MIL has no bicubic sampling.
+Encoder and denoiser are float16. mobile-nano's decoder is float32: float16 tells places in a picture apart by a whole
+pixel from 1,024 on. Converted and counted here; Core ML runs on Apple's systems alone, so nothing is compared with
+torch, and the manifest says so: ``parity.error`` is None. An LTX decoder is not converted.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ import torch
 from .blueprint import LIMITS, Blueprint
 from .blueprints import Plan
 from .budget import mil_operators
-from .contracts import GraphContract, Parity, sha256_of
+from .contracts import GraphContract, Parity, Precision, sha256_of
 
 
 def write_all(plan: Plan, folder: Path) -> Iterator[GraphContract]:
-    """The encoder and every window's denoiser."""
-    for blueprint in plan.blueprints(("channels-first",), "coreml"):
-        if blueprint.role in ("encoder", "denoiser"):
+    """The encoder, every window's denoiser and mobile-nano's decoder."""
+    for blueprint in plan.blueprints(("channels-first",), "coreml", "taps"):
+        if blueprint.role != "decoder" or plan.nano:
             yield write(blueprint, folder)
 
 
 def write(blueprint: Blueprint, folder: Path) -> GraphContract:
     """``folder``/NAME.mlpackage, whole or not at all."""
-    model = convert(blueprint.module, blueprint.examples, list(blueprint.inputs), list(blueprint.outputs))
+    precision: Precision = "float32" if blueprint.role == "decoder" else "float16"
+    model = convert(blueprint.module, blueprint.examples, list(blueprint.inputs), list(blueprint.outputs), precision)
     part, target = folder / f".{blueprint.name}.part.mlpackage", folder / f"{blueprint.name}.mlpackage"
     try:
         model.save(str(part))
@@ -42,19 +44,25 @@ def write(blueprint: Blueprint, folder: Path) -> GraphContract:
         file=target.name,
         role=blueprint.role,
         format="coreml",
-        weights="float16",
+        weights=precision,
         layout=blueprint.layout,
         window=blueprint.window,
         inputs=inputs,
         outputs=outputs,
-        parity=Parity(error=None, limit=LIMITS["float16"]),
+        parity=Parity(error=None, limit=LIMITS[precision]),
         operators=mil_operators(model),
         sha256=sha256_of(target),
     )
 
 
-def convert(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], inputs: list[str], outputs: list[str]) -> Any:
-    """A coremltools model, not loaded; tensors float32 outside, arithmetic float16."""
+def convert(
+    module: torch.nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    inputs: list[str],
+    outputs: list[str],
+    precision: Precision = "float16",
+) -> Any:
+    """A coremltools model, not loaded; tensors float32 outside, arithmetic in ``precision``."""
     import coremltools
 
     with warnings.catch_warnings(), torch.no_grad():
@@ -67,6 +75,6 @@ def convert(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], inputs:
         outputs=[coremltools.TensorType(name) for name in outputs],
         convert_to="mlprogram",
         minimum_deployment_target=coremltools.target.iOS17,
-        compute_precision=coremltools.precision.FLOAT16,
+        compute_precision=coremltools.precision(precision),
         skip_model_load=True,
     )

@@ -1,6 +1,6 @@
 """Blueprints to ONNX files that ONNX Runtime has run: parity with torch is checked before a file gets its name.
 
-torch's tracing exporter writes them (the newer one takes minutes for the registration's graph, and needs onnxscript).
+torch's tracing exporter writes them (the newer one needs onnxscript besides).
 Weights may be stored in 16 or 8 bits; a Cast or DequantizeLinear node makes them float32, in which all arithmetic is.
 """
 

@@ -4,7 +4,7 @@
     python run.py photo.jpg clip.gif --seed 7 --motion-score 4
 
 This file is copied beside the graphs as run.py; all it knows of them is manifest.json. One graph is in memory at a
-time but for the decoder's. The video is the one that swifti2v makes with torch, to rounding: noise is drawn as there.
+time. The video is the one that swifti2v makes with torch, to rounding: noise is drawn as there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ LOG = logging.getLogger("swifti2v.runner")
 class Bundle:
     """A folder of graphs: its ``manifest``, ``layout`` of the denoiser, ``threads`` of ONNX Runtime (0: its own)."""
 
+    kind = "onnx"
+
     def __init__(self, folder: Path, layout: str | None = None, threads: int = 0) -> None:
         self.folder, self.threads = folder, threads
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
@@ -36,22 +38,26 @@ class Bundle:
             raise SystemExit(f"{folder}: schema {self.manifest['schema_version']} is not 1; use its own run.py")
         self.layout = layout or self.manifest["layout_for"]["onnxruntime-cpu"]
 
-    def session(self, role: str, **wanted: Any) -> Any:
-        """The ONNX graph of ``role`` as a function of tensors by position."""
-        import onnxruntime
-
+    def session(self, role: str, **wanted: Any) -> Callable[..., list[np.ndarray]]:
+        """The graph of ``role`` as a function of tensors by position."""
         graphs = [
             graph
             for graph in self.manifest["graphs"]
-            if graph["format"] == "onnx" and graph["role"] == role and all(graph[k] == v for k, v in wanted.items())
+            if graph["format"] == self.kind and graph["role"] == role and all(graph[k] == v for k, v in wanted.items())
         ]
         if len(graphs) != 1:
-            raise SystemExit(f"{self.folder}: {len(graphs)} ONNX graphs for {role} {wanted}, not one")
+            raise SystemExit(f"{self.folder}: {len(graphs)} {self.kind} graphs for {role} {wanted}, not one")
+        return self.opened(graphs[0])
+
+    def opened(self, graph: dict[str, Any]) -> Callable[..., list[np.ndarray]]:
+        """``graph`` as a function of tensors by position."""
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = self.threads, 3
-        path = str(self.folder / graphs[0]["file"])
+        path = str(self.folder / graph["file"])
         made = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        names, taken = [tensor["name"] for tensor in graphs[0]["inputs"]], {value.name for value in made.get_inputs()}
+        names, taken = [tensor["name"] for tensor in graph["inputs"]], {value.name for value in made.get_inputs()}
 
         def call(*tensors: np.ndarray) -> list[np.ndarray]:
             given = zip(names, tensors, strict=True)
@@ -112,23 +118,25 @@ def _box_muller(uniform: np.ndarray) -> np.ndarray:
 def generate(bundle: Bundle, photo: np.ndarray, seed: int, motion_score: float | None = None) -> Iterator[np.ndarray]:
     """Frames (height, width, 3) uint8 of the clip whose first frame is ``photo`` (1, 3, height, width) in [-1, 1]."""
     encoded = bundle.session("encoder")(photo)
-    anchor, still = encoded[0], encoded[1] if len(encoded) > 1 else None
     score = bundle.manifest["motion_score"] if motion_score is None else motion_score
-    blocks = denoise(bundle, anchor, still, seed, score)
-    for chunk in decode(bundle, blocks, photo):
+    blocks = denoise(bundle, encoded, seed, score)
+    for chunk in decode(bundle, blocks, photo, score):
         yield from np.rint((chunk[0] + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0)
 
 
-def denoise(bundle: Bundle, anchor: np.ndarray, still: np.ndarray | None, seed: int, score: float) -> list[np.ndarray]:
-    """All latent blocks (1, c, 1, h, w), window by window, by Euler steps down the manifest's levels."""
+def denoise(bundle: Bundle, encoded: list[np.ndarray], seed: int, score: float) -> list[np.ndarray]:
+    """All latent blocks (1, c, 1, h, w), window by window, by Euler steps down the manifest's levels.
+
+    ``encoded``: the anchor, which is block 0, and the reference if the network has one, for every block the same.
+    """
+    anchor, *reference = encoded
     levels, blocks = bundle.manifest["levels"], {0: anchor}
     for number, window in enumerate(bundle.manifest["windows"]):
         velocity = bundle.session("denoiser", window=number, layout=bundle.layout)
         context = [blocks[k] for k in window["context"]]
         shape = anchor.shape[1:2] + anchor.shape[3:]
         x = np.stack([block_noise(shape, seed, k) for k in window["segment"]], axis=1)[None]
-        everything = window["context"] + window["segment"]
-        extra = [] if still is None else [np.concatenate([anchor if k == 0 else still for k in everything], axis=2)]
+        extra = [np.repeat(y, len(context) + x.shape[2], axis=2) for y in reference]
         for step, (sigma, following) in enumerate(pairwise(levels), start=1):
             latents = np.concatenate([*context, x], axis=2)
             told = [np.array([value], np.float32) for value in (sigma, score)]
@@ -138,21 +146,19 @@ def denoise(bundle: Bundle, anchor: np.ndarray, still: np.ndarray | None, seed: 
     return [blocks[k] for k in sorted(blocks)]
 
 
-def decode(bundle: Bundle, blocks: list[np.ndarray], photo: np.ndarray) -> Iterator[np.ndarray]:
-    """Pixels (1, 3, t, height, width) in [-1, 1]: the whole clip, or block by block with the photo's detail carried."""
-    if not bundle.manifest["carries_detail"]:
-        yield bundle.session("decoder")(np.concatenate(blocks, axis=2))[0]
+def decode(bundle: Bundle, blocks: list[np.ndarray], photo: np.ndarray, score: float) -> Iterator[np.ndarray]:
+    """Pixels (1, 3, t, height, width) in [-1, 1]: the whole clip, or the photo and, block by block, the photo moved."""
+    decoder, reach = bundle.session("decoder"), bundle.manifest["reach"]
+    if reach is None:
+        yield decoder(np.concatenate(blocks, axis=2))[0]
         return
-    yield bundle.session("decoder_first")(blocks[0])[0]
-    soft_of, carry, finish = (bundle.session(f"decoder_{part}") for part in ("soft", "carry", "finish"))
-    flow = np.zeros((1, 2, photo.shape[2] // 4, photo.shape[3] // 4), np.float32)
-    for block in blocks[1:]:
-        soft, moved = soft_of(block)[0], []
-        for i in range(soft.shape[2]):
-            shown, flow = carry(photo, soft[:, :, i], flow)
-            moved.append(shown)
-        yield finish(block, soft, np.stack(moved, axis=2))[0]
-        LOG.info("4 more frames")
+    yield photo[:, :, None]
+    _, _, _, h, w = blocks[0].shape
+    field = np.zeros((1, 2, 2 * h, 2 * w), np.float32)
+    for number, block in enumerate(blocks[1:], start=1):
+        frames, field = decoder(photo, block, field, np.array([reach * score * number], np.float32))
+        yield frames
+        LOG.info("block %d of %d", number, len(blocks) - 1)
 
 
 def save(frames: list[np.ndarray], target: Path, fps: float) -> None:

@@ -73,11 +73,11 @@ def exportable(
 class ReferenceLayout(nn.Module):
     """``MobileTransformer3DModel``, tokens first, behind the signature of ``exportable``.
 
-    Its own parts in its own order; only what depends on the grid alone, rotary tables and the half turn, is a constant
-    here instead of being made in every call, which exporters would have to follow.
+    Its own parts in its own order; only what depends on the grid alone, positions and the half turn, is a constant here
+    instead of being made in every call, which exporters would have to follow.
     """
 
-    frames: Tensor
+    features: Tensor
     noisy: Tensor
     cos: Tensor
     sin: Tensor
@@ -89,19 +89,20 @@ class ReferenceLayout(nn.Module):
         super().__init__()
         p = model.patch_size
         self.model, self.context, self.size, self.cells = model, context, grid[1:], (-(-grid[1] // p), -(-grid[2] // p))
-        self.register_buffer("frames", torch.tensor(frames), persistent=False)
-        self.register_buffer("noisy", (torch.arange(grid[0]) >= context).float() * 1000, persistent=False)
-        cos, sin = rope_tables(self.frames, self.cells, model.head_dim, model.rope_grid)
-        self.register_buffer("cos", cos[:, None], persistent=False)
-        self.register_buffer("sin", sin[:, None], persistent=False)
-        self.register_buffer("turn", half_turn(model.head_dim, cos), persistent=False)
+        order = torch.tensor(frames)
+        self.register_buffer("features", position_features(order, self.cells))
+        self.register_buffer("noisy", (torch.arange(grid[0]) >= context).float() * 1000)
+        cos, sin = rope_tables(order, self.cells, model.head_dim, model.rope_grid)
+        self.register_buffer("cos", cos[:, None])
+        self.register_buffer("sin", sin[:, None])
+        self.register_buffer("turn", half_turn(model.head_dim, cos))
 
     def forward(self, latents: Tensor, sigma: Tensor, motion_score: Tensor, reference: Tensor | None = None) -> Tensor:
         """See ``exportable``."""
         model, timestep = self.model, sigma[:, None] * self.noisy
         score = motion_score if model.motion_embed is not None else None
         time, modulation, _ = model._condition(timestep, None, score)
-        x = model._tokens(latents, reference, self.frames, self.cells)
+        x = self._tokens(latents if reference is None else torch.cat([latents, reference], dim=1))
         for block in cast("list[MobileTransformerBlock]", list(model.blocks)):
             table = (block.scale_shift_table + modulation).to(x.dtype)
             shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.split(1, dim=2)
@@ -109,12 +110,23 @@ class ReferenceLayout(nn.Module):
             x = x + gate_f * block.ffn(modulate(x, shift_f, scale_f), self.cells)
         shift, scale = (model.final_table + time[:, :, None]).to(x.dtype).split(1, dim=2)
         x = model.proj_out(modulate(x, shift, scale)[:, self.context :])
-        p, (h, w) = model.patch_size, self.size
-        x = rearrange(x, "b t (h w) (c p q) -> b c t (h p) (w q)", h=self.cells[0], p=p, q=p)[..., :h, :w]
+        x = F.pixel_shuffle(rearrange(x, "b t (h w) c -> (b t) c h w", h=self.cells[0]), model.patch_size)
+        x = rearrange(x, "(b t) c h w -> b c t h w", t=self.noisy.shape[0] - self.context)
+        x = x[..., : self.size[0], : self.size[1]]
         if model.prediction != "velocity" and reference is not None:
-            level = sigma.clamp(min=SMALLEST_SIGMA)[:, None, None, None, None]
+            level = sigma.clamp(SMALLEST_SIGMA, 1)[:, None, None, None, None]
             x = (latents[:, :, self.context :] - model._clean(x, reference[:, :, self.context :])) / level
         return x
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """As the network's, but frame by frame: XNNPACK has no tensors of seven axes."""
+        model, p, t = self.model, self.model.patch_size, x.shape[2]
+        x = rearrange(x, "b c t h w -> (b t) c h w")
+        down, right = (cells * p - side for cells, side in zip(self.cells, self.size, strict=True))
+        if down or right:
+            x = F.pad(x, (0, right, 0, down), mode="replicate")
+        x = model.patch_embed(rearrange(F.pixel_unshuffle(x, p), "(b t) c h w -> b t (h w) c", t=t))
+        return x if model.position_embed is None else x + model.position_embed(self.features)
 
     def _attended(self, attention: SelfAttention, x: Tensor) -> Tensor:
         b, t, n, d = x.shape
@@ -155,7 +167,7 @@ class ChannelsFirst(nn.Module):
         order, cells = torch.tensor(frames), (grid[1], grid[2])
         if self.position_embed is not None:
             features = position_features(order, cells).flatten(0, 1).T[None, :, None]
-            self.register_buffer("features", features.contiguous(), persistent=False)
+            self.register_buffer("features", features.contiguous())
         tables = rope_tables(order, cells, model.head_dim, model.rope_grid)
         layers = cast("list[MobileTransformerBlock]", list(model.blocks))
         self.blocks = nn.ModuleList(ChannelsFirstBlock(layer, tables, grid, equations, half) for layer in layers)
@@ -174,7 +186,8 @@ class ChannelsFirst(nn.Module):
         shift, scale = (self.final_table + time[:, 1:]).to(y.dtype)[..., None, None].unbind(1)
         y = self.proj_out(layer_norm(y[..., cut:]) * (1 + scale) + shift)
         if self.prediction != "velocity" and given is not None:
-            level = sigma.clamp(min=SMALLEST_SIGMA)[:, None, None, None].to(y.dtype)
+            # Bounded above as well: Core ML takes no bound for float32's largest, which is no number in float16.
+            level = sigma.clamp(SMALLEST_SIGMA, 1)[:, None, None, None].to(y.dtype)
             y = (x[..., cut:] - self.clean(y, given[..., cut:])) / level
         t, h, w = self.grid
         return y.reshape(-1, self.out_channels, t - self.context, h, w)
@@ -245,8 +258,8 @@ class ChannelsFirstAttention(nn.Module):
         # Rotation takes (-second, first) of each axis; with the sign in the table it is a swap of slices.
         self.widths = [width // 2 for width in rope_axes(cos.shape[1]) for _ in range(2)]
         signs = torch.cat([torch.full((w,), -1.0 if i % 2 == 0 else 1.0) for i, w in enumerate(self.widths)])
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin * signs[None, :, None, None], persistent=False)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin * signs[None, :, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, d, 1, s) -> the same shape."""
@@ -305,8 +318,8 @@ class ChannelsFirstFFN(nn.Module):
         self.expand, self.project = Pointwise(ffn.expand), Pointwise(ffn.project)
         bias = ffn.depthwise.bias
         assert bias is not None
-        self.register_buffer("weight", ffn.depthwise.weight.detach().repeat_interleave(grid[0], 0), persistent=False)
-        self.register_buffer("bias", bias.detach().repeat_interleave(grid[0], 0), persistent=False)
+        self.register_buffer("weight", ffn.depthwise.weight.detach().repeat_interleave(grid[0], 0))
+        self.register_buffer("bias", bias.detach().repeat_interleave(grid[0], 0))
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, d, 1, s) -> the same shape."""
@@ -327,8 +340,8 @@ class Pointwise(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         bias = linear.bias
-        self.register_buffer("weight", linear.weight.detach()[..., None, None], persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        self.register_buffer("weight", linear.weight.detach()[..., None, None])
+        self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in, 1, s) -> (b, out, 1, s)."""
@@ -344,7 +357,7 @@ class ChannelNorm(nn.Module):
         super().__init__()
         assert norm.eps is not None
         self.eps = norm.eps
-        self.register_buffer("weight", norm.weight.detach()[None, :, None, None], persistent=False)
+        self.register_buffer("weight", norm.weight.detach()[None, :, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, d, 1, s) -> the same shape."""

@@ -31,8 +31,6 @@ from .landings import LONG_PATH, PLACES, Lesson, Lessons, TeacherPath, field, la
 from .objective import Batch, Levels, channel_error
 from .recipe import Loss, Parts, Recipe
 from .recipes import Given, toy
-from .recipes_nano import load_vae, package
-from .samples import WindowVideos
 from .source import seeded
 
 HUBER = 0.01  # root mean square below which the pseudo-Huber distance is a square
@@ -218,12 +216,12 @@ def mobile_network(tiny: bool, folder: str) -> Parts:
 
 def mobile_nano_two(given: Given) -> Recipe:
     """mobile-nano in two steps, from the many-step one in --base FOLDER (photos.jsonl)."""
-    return _nano_student("mobile_nano_two", given, FewSteps())
+    return _nano_student("mobile_nano_two", given, FewSteps(fade=300))
 
 
 def mobile_nano_one(given: Given) -> Recipe:
     """mobile-nano in one step: --base the many-step FOLDER, --set build.init=the two-step student's."""
-    return _nano_student("mobile_nano_one", given, FewSteps(ONE_STEP))
+    return _nano_student("mobile_nano_one", given, FewSteps(ONE_STEP, fade=300))
 
 
 def _nano_student(name: str, given: Given, rule: FewSteps) -> Recipe:
@@ -237,14 +235,19 @@ def _nano_student(name: str, given: Given, rule: FewSteps) -> Recipe:
             "build": Pupils(
                 partial(nano_network, toys), base, layers=(0, 1) if toys else (2, 4), width=8 if toys else 64
             ),
-            "source": Lessons(plain.source, folder=folder, precision="float32" if toys else "bfloat16"),
+            "source": Lessons(
+                mobile_nano.source(given.data, toys, small=True),
+                pairs=40,
+                folder=folder,
+                precision="float32" if toys else "bfloat16",
+            ),
             "objective": replace(rule, path=TeacherPath(4)) if toys else rule,
-            "steps": 1500,
-            "lr": 1e-4,
-            "decay": 500,
+            "steps": 300,
+            "lr": 3e-4,
+            "decay": 150,
             "optimizer": "adamw",
             "ema_decay": 0.99,
-            "sample": WindowVideos(partial(load_vae, package("vae")), steps=len(rule.levels) - 1, shift=3.0),
+            "sample": mobile_nano.MotionVideos(steps=len(rule.levels) - 1),
         }
     )
     return toy(recipe, lr=3e-3) if toys else recipe
