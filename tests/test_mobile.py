@@ -18,11 +18,14 @@ from torch import Tensor
 
 from swifti2v import motion_field, presets
 from swifti2v.core import Chunk, Event, Request, Size, UsageError
+from swifti2v.images import read_image
 from swifti2v.journal import Job, Manifest
 from swifti2v.mobile import MobileI2VPipeline, levels
 from swifti2v.models.ltx_vae import LTXCodec
 from swifti2v.models.mobile_dit import MobileTransformer3DModel
 from swifti2v.models.positions import rope_tables
+from swifti2v.motion_score import motion_score
+from swifti2v.reference import fit_image
 from swifti2v.segments import CSG
 from swifti2v.tiny import ltx_vae, tiny_mobile
 
@@ -450,3 +453,24 @@ def test_from_parts(tmp_path: Path) -> None:
     assert torch.equal(video(pipeline, "mobile", made), video(again, "mobile", made))
     with pytest.raises(UsageError, match="no config"):
         MobileI2VPipeline.from_parts(tmp_path / "gone", folder)
+
+
+# --- the weights that ship -------------------------------------------------------------------------------------------
+
+
+def test_shipped_weights_move_the_photo_as_much_as_asked_and_otherwise_with_every_seed() -> None:
+    pytest.importorskip("cv2")
+    pipeline = MobileI2VPipeline.from_pretrained("mobile-nano")
+    source = read_image(Path(__file__).parent.parent / "examples" / "photo.jpg")
+    fields, scores = [], []
+    for seed, score in ((1, 1.0), (2, 1.0), (1, 3.0)):
+        told = {"size": "640x384", "seed": seed, "motion_score": score, "photo_size": source.size}
+        made, _ = presets.resolve(pipeline.preset, prompt="", **told)
+        assert (made.num_frames, made.num_inference_steps) == (17, 2)
+        fitted = fit_image(source.pixels, made.size, made.fit)
+        fields.append(torch.cat(list(pipeline.latents(fitted, made)), dim=2))
+        clip = torch.cat([chunk.frames for chunk in pipeline.stream(fitted, made)], dim=2)
+        torch.testing.assert_close(clip[:, :, 0], fitted[:, :, 0])
+        scores.append(motion_score(clip[0]) / score)
+    assert all(0.6 < ratio < 1.3 for ratio in scores)
+    assert (fields[0] - fields[1]).norm() > 0.4 * fields[0].norm()

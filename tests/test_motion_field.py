@@ -51,10 +51,13 @@ def test_linear_fields_stay_linear_up_to_the_edges(cells: int, pixels: int, slop
     torch.testing.assert_close(found, slope * places + start, atol=2e-5, rtol=1e-5)
 
 
-def test_interpolation_goes_through_its_values_and_sums_to_one() -> None:
-    weights = interpolation(5, 45)  # every cell's center is a pixel's
-    torch.testing.assert_close(weights[4::9], torch.eye(5), atol=1e-6, rtol=0)
-    torch.testing.assert_close(weights.sum(dim=1), torch.ones(45), atol=1e-6, rtol=0)
+def test_interpolation_smooths_and_sums_to_one() -> None:
+    weights = interpolation(9, 81)  # every cell's center is a pixel's
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(81), atol=1e-6, rtol=0)
+    spline_of_binomial = torch.tensor([1.0, 6.0, 10.0, 6.0, 1.0]) / 24  # (1 4 1)/6 with (1 2 1)/4
+    torch.testing.assert_close(weights[40, 2:7], spline_of_binomial, atol=1e-6, rtol=0)
+    noise = torch.randn(9, 1000)
+    assert (weights[20:60] @ noise).std() < 0.65 * noise.std()  # along one axis
     assert torch.equal(interpolation(1, 7), torch.ones(7, 1))
 
 

@@ -30,7 +30,6 @@ from swifti2v import costs, presets
 from swifti2v.calibration import Calibration, stored_calibration
 from swifti2v.core import Request, UsageError
 from swifti2v.costs import EncoderCost, MobileDiTCost, NanoVAECost, Networks, WanDiTCost, WanVAECost
-from swifti2v.costs_mobile import MOBILE_DIT, MobileNetworks
 from swifti2v.meters import LiveBytes, measure
 from swifti2v.models.causal_vae import streaming
 from swifti2v.models.mobile_dit import MobileTransformer3DModel
@@ -559,15 +558,10 @@ def test_missing_nano_configuration_is_refused_in_one_line(tmp_path: Path) -> No
         costs.networks_of("nano", tmp_path, 128)
 
 
-MOBILE_NANO = MobileNetworks(replace(MOBILE_DIT, in_channels=96, out_channels=96, width=192, heads=6), NANO.vae)  # type: ignore[arg-type]
-
-
 def test_every_preset_has_a_plan() -> None:
     for preset in presets.PRESETS.values():
         request, _ = presets.resolve(preset, prompt="", seed=0)
-        networks = {"nano": NANO, "mobile-nano": MOBILE_NANO}.get(
-            preset.name, NANO if preset.family == "nano" else None
-        )
+        networks = NANO if preset.family == "nano" else None
         made = plan(request, preset, networks=networks)  # type: ignore[arg-type]
         assert isinstance(request, Request)
         assert made.disk_bytes > 0

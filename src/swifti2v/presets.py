@@ -87,7 +87,7 @@ _LTX = Lattice(stride=32, patch=1, channels=128, unit=4)
 _MOBILE_NANO = Lattice(stride=64, patch=1, channels=8)
 _TINY_LTX = Lattice(stride=32, patch=1, channels=8, unit=4)
 _MOBILE = {"num_inference_steps": 30, "shift": 3.0, "motion_score": 2.0, "csg": CSG(segment_blocks=2)}
-_MOBILE_NANO_DEFAULTS = {**_MOBILE, "csg": CSG(segment_blocks=4)}
+_MOBILE_NANO_DEFAULTS = {**_MOBILE, "num_inference_steps": 2, "csg": CSG(segment_blocks=4)}
 _REFINE = {
     "strength_2": 0.5,
     "num_inference_steps_2": 4,
@@ -209,7 +209,7 @@ PRESETS: dict[str, Preset] = {
             stage_two="",
             num_frames=17,
             hidden=True,
-            defaults={**_MOBILE_NANO_DEFAULTS, "num_inference_steps": 2},
+            defaults=_MOBILE_NANO_DEFAULTS,
         ),
     )
 }

@@ -47,12 +47,12 @@ def write_manifest() -> int:
 
 
 def _folders() -> list[Path]:
-    """The folders of weights in this package: nano's, and of the others those that are here."""
-    folders = [p.folder for p in presets.PRESETS.values() if p.folder is not None]
-    here = [folder for folder in folders if (folder / "model_index.json").is_file()]
-    if presets.get("nano").folder not in here:
-        raise UsageError("this installation has no weights of nano; install swifti2v again")
-    return here
+    """The folders of weights in this package."""
+    known = [(preset.name, preset.folder) for preset in presets.PRESETS.values() if preset.folder is not None]
+    for name, folder in known:
+        if not (folder / "model_index.json").is_file():
+            raise UsageError(f"this installation has no weights of {name}; install swifti2v again")
+    return [folder for _, folder in known]
 
 
 def _recorded(folder: Path) -> dict[str, str]:
