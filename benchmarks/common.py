@@ -127,10 +127,25 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--tiny", action="store_true", help="the tiny twin of nano at toy size: does the script work?")
     made.add_argument("--model", type=Path, help="weights in diffusers layout, if not the shipped ones")
+    _common_options(made)
+    return made
+
+
+def gpu_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark of Wan's networks on a GPU, whose weights are random."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--tiny", action="store_true", help="the tiny twins at toy size, on a CPU too: does it work?")
+    made.add_argument("--device", help="where it runs (default: CUDA if there is one)")
+    _common_options(made)
+    return made
+
+
+def _common_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--threads", type=int, help="CPU threads of the run (default: torch's)")
     made.add_argument("--note", default="", help="what else a reader of the record should know")
     made.add_argument("--record", action="store_true", help="append the line to benchmarks/results/NAME.jsonl")
-    return made
+    made.add_argument("--out", type=Path, help="append the line to NAME.jsonl in this folder")
+    made.add_argument("--commit", help="the commit to name where this is no checkout (a lent machine)")
 
 
 def parsed(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -185,29 +200,31 @@ class Record:
         self.line: dict[str, Any] = {
             "question": question,
             "command": shlex.join(["python", f"benchmarks/{self._script.name}", *map(_portable, asked.arguments)]),
-            **commit(),
+            **commit(asked.commit),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "hardware": hardware(asked.threads),
         }
+        if hasattr(asked, "device"):
+            self.line["hardware"] |= accelerator(asked.device)
 
     def finish(self, settings: dict[str, Any], results: dict[str, Any]) -> None:
-        """Print the line; append it if ``--record``."""
+        """Print the line; append it if ``--record`` or ``--out``."""
         if self._asked.note:
             settings["note"] = self._asked.note
         self.line |= {"settings": settings, "results": results}
         text = json.dumps(self.line, ensure_ascii=False)
         print(text, flush=True)
-        if self._asked.record:
-            RESULTS.mkdir(exist_ok=True)
-            with open(RESULTS / f"{self._script.stem}.jsonl", "a") as file:
+        for folder in ([RESULTS] if self._asked.record else []) + ([self._asked.out] if self._asked.out else []):
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f"{self._script.stem}.jsonl", "a") as file:
                 file.write(text + "\n")
 
 
-def commit() -> dict[str, Any]:
-    """The commit checked out, and whether tracked files differ from it (results apart)."""
+def commit(said: str | None = None) -> dict[str, Any]:
+    """The commit checked out, and whether tracked files differ from it (results apart); ``said`` if none is."""
     head = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return {"commit": head or "unknown", "dirty": bool(changed)}
+    return {"commit": head or said or "unknown", "dirty": bool(changed)}
 
 
 def _git(*arguments: str) -> str:
@@ -228,6 +245,23 @@ def hardware(threads: int | None) -> dict[str, Any]:
         "torch": importlib.metadata.version("torch"),
         "load": round(os.getloadavg()[0], 2),
         "nice": os.nice(0),
+    }
+
+
+def accelerator(name: str | None) -> dict[str, Any]:
+    """The CUDA device that a benchmark runs on: nothing if it runs on the CPU. Imports torch."""
+    import torch
+
+    if name == "cpu" or not torch.cuda.is_available():
+        return {}
+    device = torch.device(name or "cuda")
+    facts = torch.cuda.get_device_properties(device)
+    return {
+        "device": facts.name,
+        "device_gib": round(facts.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "torch": torch.__version__,
     }
 
 
