@@ -36,7 +36,7 @@ from swifti2v.models.mobile_dit import MobileTransformer3DModel
 from swifti2v.models.nano_vae import NanoVAE
 from swifti2v.motion_score import motion_score
 from swifti2v.reference import fit_pixels
-from swifti2v.tiny import tiny_pipeline
+from swifti2v.tiny import tiny_mobile
 from swifti2v.train.moving import SCORES, push_of
 from swifti2v.train.nano import Photos
 from swifti2v.train.synthetic import make_scene, render
@@ -123,7 +123,7 @@ def tiny_truth() -> Truth:
 
 def loaded(folder: str, tiny: bool) -> Any:
     if tiny:
-        return tiny_pipeline("mobile-nano")
+        return tiny_mobile("mobile-nano")
     if not folder:
         return MobileI2VPipeline.from_pretrained("mobile-nano")
     transformer = MobileTransformer3DModel.from_pretrained(folder).eval()

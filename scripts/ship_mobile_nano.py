@@ -1,6 +1,6 @@
 """Put a trained mobile-nano into the package (src/swifti2v/nano_mobile): bfloat16, without nano's VAE, which it shares.
 
-    python scripts/ship_mobile_nano.py runs/mobile_nano_two/export/transformer
+python scripts/ship_mobile_nano.py runs/mobile_nano_two/export/transformer
 """
 
 from __future__ import annotations
