@@ -127,7 +127,7 @@ def loaded(folder: str, tiny: bool) -> Any:
     if not folder:
         return MobileI2VPipeline.from_pretrained("mobile-nano")
     transformer = MobileTransformer3DModel.from_pretrained(folder).eval()
-    vae = NanoVAE.from_pretrained(presets.package_folder() / "nano" / "vae").eval()
+    vae = NanoVAE.from_pretrained(presets.get("mobile-nano").vae_folder).eval()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     return MobileI2VPipeline(transformer, vae, scheduler, preset="mobile-nano")
 

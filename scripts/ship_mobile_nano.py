@@ -25,6 +25,7 @@ def main() -> None:
     preset = presets.get("mobile-nano")
     assert preset.folder is not None and preset.vae_folder is not None
     transformer = MobileTransformer3DModel.from_pretrained(asked.transformer, torch_dtype=torch.bfloat16)
+    transformer.register_to_config(_name_or_path="")
     vae = NanoVAE.from_pretrained(preset.vae_folder)
     pipeline = MobileI2VPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler(shift=1.0), preset=preset.name)
     pipeline.save_pretrained(preset.folder)

@@ -120,6 +120,19 @@ def test_what_the_network_is_told() -> None:
     assert torch.equal(told, motion_field.reference(vae, photo)) and told[:, CHANNELS:].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("size", [(258, 320), (320, 260)])
+def test_sizes_off_the_grid_are_refused_by_their_own_numbers(size: tuple[int, int]) -> None:
+    vae = NanoVAE.from_pretrained(package_folder() / "nano" / "vae")
+    with pytest.raises(ValueError, match="is not a positive multiple of 64"):
+        motion_field.reference(vae, torch.zeros(1, 3, 1, *size))
+
+
+def test_what_is_kept_does_not_depend_on_the_default_device() -> None:
+    with torch.device("meta"):
+        found = interpolation(7, 91)
+    assert found.device.type == "cpu"
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_what_it_costs(blocks: int) -> None:
     photo, h, w = smooth_photo(256, 384), 4, 6

@@ -173,7 +173,7 @@ def evaluate(
 @app.command()
 def export(
     out: Annotated[str, typer.Argument(metavar="FOLDER", help="A new folder.")],
-    model: Annotated[str, option(FILE, "A MobileI2V pipeline in diffusers layout.", metavar="FOLDER")],
+    model: Annotated[str, option(FILE, "mobile-nano, or a MobileI2V pipeline in diffusers layout.", metavar="FOLDER")],
     size: Annotated[str | None, option(FILE, "WIDTHxHEIGHT, built in.", metavar="WxH")] = None,
     num_frames: Annotated[int | None, option(FILE, "Length, built in.")] = None,
     steps: Annotated[int | None, option(FILE, "Denoising steps, built in.")] = None,

@@ -1,4 +1,4 @@
-"""What MobileI2V's networks cost, in closed form: its DiT at both sizes, and LTX's VAE with either decoder.
+"""What MobileI2V's networks cost, in closed form: its DiT at both sizes, LTX's VAE with either decoder, motion fields.
 
 The same rules as ``costs``: no torch; FLOPs and peaks equal what ``meters`` counts on the meta device.
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,11 @@ def reach(block: int, score: float, width: int, height: int) -> float:
 def reference(vae: StreamingVAE, photo: Tensor) -> Tensor:
     """What the network is told of a photo (b, 3, 1, 64h, 64w) in [-1, 1]: (b, 8 + c, 1, h, w), the same for all blocks.
 
-    That nothing moves, and nano's latents of the photo at a quarter of its sides.
+    That nothing moves, and nano's latents of the photo at a quarter of its sides. ValueError for other sides.
     """
+    for name, side in zip(("height", "width"), photo.shape[-2:], strict=True):
+        if side % TOKEN or not side:
+            raise ValueError(f"{name} {side} is not a positive multiple of {TOKEN}")
     return small_reference(vae, F.avg_pool2d(photo[:, :, 0], SHRINK)[:, :, None])
 
 
@@ -142,16 +146,17 @@ def interpolation(cells: int, pixels: int) -> Tensor:
     noise, which grows with the length of a clip and would make the picture wobble. One cell is constant.
     """
     if cells == 1:
-        return torch.ones(pixels, 1)
-    places = torch.arange(-3, cells + 3, dtype=torch.float64)
+        return torch.ones(pixels, 1, device="cpu")
+    cpu: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # kept, so never of the caller's default device
+    places = torch.arange(-3, cells + 3, **cpu)
     inner = places.clamp(0, cells - 1)
-    extended = torch.eye(cells, dtype=torch.float64)[inner.long()]
+    extended = torch.eye(cells, **cpu)[inner.long()]
     for end, slope in ((0, 1), (cells - 1, -1)):  # on a straight line: value + steps * (value - its neighbor)
         beyond = (inner - places) * slope * (inner == end)
         extended[:, end] += beyond
         extended[:, end + slope] -= beyond
     smooth = (extended[:-2] + 2 * extended[1:-1] + extended[2:]) / 4
-    at = (torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels - 0.5 + 2
+    at = (torch.arange(pixels, **cpu) + 0.5) * cells / pixels - 0.5 + 2
     base = at.floor().clamp(1, cells + 1).long()
     t = at - base
     weights = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)

@@ -21,7 +21,8 @@ Family = Literal["wan", "wan-refine", "nano", "mobile"]
 
 @dataclass(frozen=True)
 class Preset:
-    """``stage_one`` and ``stage_two``: a folder in this package (nano), or hub repositories in diffusers layout.
+    """``stage_one`` and ``stage_two``: a folder in this package (nano, mobile-nano), or hub repositories, both in
+    diffusers layout.
 
     ``overlap_blocks``: finished blocks that a Stage I continuation keeps at least (docs/decisions/0003).
     ``num_frames``: of a clip whose length is not said.

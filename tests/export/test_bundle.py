@@ -191,6 +191,29 @@ def test_executorch_makes_torchs_video(tmp_path: Path) -> None:
     read_manifest(tmp_path / "pte")
 
 
+@pytest.mark.parametrize("fields", [{"steps": 0}, {"steps": -1}, {"steps": 5000}, {"num_frames": 0}])
+def test_clips_that_cannot_be_made_are_refused_before_anything_is_written(fields: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        export(tiny_mobile("mobile-nano"), tmp_path / "bundle", Clip(**fields))
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_py_knows_the_rule_of_the_score(bundle: Path, photo: Path, tmp_path: Path) -> None:
+    for score in ("-3", "101", "nan"):
+        with pytest.raises(SystemExit):
+            runner.main([str(photo), str(tmp_path / "clip"), "--bundle", str(bundle), "--motion-score", score])
+    assert not (tmp_path / "clip").exists()
+
+
+@pytest.mark.slow
+def test_the_layout_is_one_that_its_format_has(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    told = {"formats": ("onnx", "executorch"), "layouts": ("channels-first",)}
+    manifest = export(tiny_mobile("mobile-nano"), tmp_path / "bundle", CLIP, **told)  # type: ignore[arg-type]
+    assert manifest.layout_for["onnxruntime-cpu"] == "channels-first"
+    assert manifest.layout_for["executorch"] == "reference"
+
+
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bundles.NEEDED, "executorch", ("no_such_module",))
     with pytest.raises(UsageError, match="no_such_module is not installed: pip install"):

@@ -47,6 +47,8 @@ class Plan:
     clip: Clip
 
     def __post_init__(self) -> None:
+        if self.clip.steps is not None and not 1 <= self.clip.steps <= 1000:
+            raise UsageError(f"{self.clip.steps} steps are not between 1 and 1000")
         if not self.grid.is_legal(self.size):
             raise UsageError(
                 f"{self.size} is not a size of {self.preset.name}; the nearest is {self.grid.snap(self.size)}"
@@ -69,11 +71,12 @@ class Plan:
 
     @property
     def num_frames(self) -> int:
-        return self.clip.num_frames or self.preset.num_frames
+        return self.preset.num_frames if self.clip.num_frames is None else self.clip.num_frames
 
     @property
     def levels(self) -> tuple[float, ...]:
-        steps = self.clip.steps or self.preset.defaults["num_inference_steps"]
+        asked = self.clip.steps
+        steps = self.preset.defaults["num_inference_steps"] if asked is None else asked
         return levels(steps, self.preset.defaults["shift"])
 
     @property

@@ -39,6 +39,7 @@ LAYOUTS: tuple[Layout, ...] = ("reference", "channels-first")
 CLIP_PSNR: dict[Precision, float] = {"float32": 40.0, "float16": 35.0, "int8": 20.0}  # of a whole clip, dB
 COMPARED_PARAMETERS = 50_000_000  # larger networks are not run a second time for clip_psnr
 # Softmax over axis 1 aside, ONNX Runtime's CPU kernels are made for tokens-first matrix products.
+FORMAT_OF: dict[str, Format] = {"onnxruntime-cpu": "onnx", "coreml": "coreml", "executorch": "executorch"}
 LAYOUT_FOR: dict[str, Layout] = {
     "onnxruntime-cpu": "reference",
     "coreml": "channels-first",
@@ -136,7 +137,7 @@ def _manifest(plan: Plan, graphs: Sequence[GraphContract]) -> Manifest:
         motion_score=plan.preset.defaults["motion_score"],
         windows=plan.windows,
         reach=plan.reach,
-        layout_for=_layouts_for({g.layout for g in graphs if g.layout}),
+        layout_for=_layouts_for(graphs),
         noise=NOISE,
         weights_sha256={name: _hash(part) for name, part in pipeline.components.items() if hasattr(part, "parameters")},
         versions={name: found for name in names if (found := _version(name))},
@@ -145,9 +146,14 @@ def _manifest(plan: Plan, graphs: Sequence[GraphContract]) -> Manifest:
     )
 
 
-def _layouts_for(made: set[Layout]) -> dict[str, Layout]:
-    """The recommended layout where it was exported, else the one there is."""
-    return {use: layout if layout in made else next(iter(made)) for use, layout in LAYOUT_FOR.items()}
+def _layouts_for(graphs: Sequence[GraphContract]) -> dict[str, Layout]:
+    """The recommended layout where it was exported in the use's format, else the one there is."""
+    found: dict[str, Layout] = {}
+    for use, layout in LAYOUT_FOR.items():
+        every = [(g.format, g.layout) for g in graphs if g.layout]
+        made = [kind for format, kind in every if format == FORMAT_OF.get(use, format)] or [kind for _, kind in every]
+        found[use] = layout if layout in made else made[0]
+    return found
 
 
 def _notes(formats: set[Format]) -> tuple[str, ...]:

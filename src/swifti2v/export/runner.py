@@ -197,6 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0: as many as it likes")
     parser.add_argument("--quiet", action="store_true")
     asked = parser.parse_args(arguments)
+    if asked.motion_score is not None and not 0 <= asked.motion_score <= 100:
+        parser.error(f"--motion-score {asked.motion_score:g} is not between 0 and 100")
     logging.basicConfig(level=logging.WARNING if asked.quiet else logging.INFO, format="%(message)s")
     bundle = Bundle(asked.bundle, asked.layout, asked.threads)
     photo = read_photo(asked.photo, bundle.manifest["width"], bundle.manifest["height"])

@@ -6,6 +6,7 @@ students of it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -63,10 +64,12 @@ def parts(tiny: bool, base: str | None = None) -> Parts:
 
 
 def windows(parts: Parts, listing: Path, seed: int, small: bool = False) -> Source[Batch]:
-    """Windows from a photos.jsonl and the film beside it, kept in ``cache/moving`` or, if ``small``, beside that."""
+    """Windows from a photos.jsonl and the film beside it, kept in ``cache/moving_HASH``, of both lists."""
     material = Material(load_vae(package("vae")), Photos(listing, "train"), film_shots(listing.parent))
     made = MobileWindows(material, seed, SMALL if small else SIZES)
-    return Passes(Kept(made, listing.parent / "cache" / ("moving_small" if small else "moving")), PASSES)
+    known = b"".join(path.read_bytes() for path in (listing, listing.parent / "clips.jsonl") if path.exists())
+    name = f"moving{'_small' if small else ''}_{hashlib.sha256(known).hexdigest()[:8]}"
+    return Passes(Kept(made, listing.parent / "cache" / name), PASSES)
 
 
 def source(data: Sequence[Path], tiny: bool, small: bool = False) -> Any:
