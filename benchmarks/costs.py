@@ -83,10 +83,8 @@ def wan(tiny: bool) -> Iterator[dict[str, Any]]:
     yield from wan_vae("Wan2.2 VAE", vaes[1], costs.WAN22_VAE, large)
 
 
-def wan_dit(name: str, cost: WanDiTCost, shape: tuple[int, int, int], tiny: bool) -> dict[str, Any]:
-    cost = replace(cost, layers=2) if tiny else cost
-    t, h, w = shape
-    ours = cost.timesteps == "block"
+def dit_config(cost: WanDiTCost) -> dict[str, Any]:
+    """diffusers' arguments of the Wan transformer that ``cost`` prices."""
     config: dict[str, Any] = {
         "num_attention_heads": cost.heads,
         "in_channels": cost.in_channels,
@@ -96,8 +94,15 @@ def wan_dit(name: str, cost: WanDiTCost, shape: tuple[int, int, int], tiny: bool
     }
     if cost.image_dim:
         config |= {"image_dim": cost.image_dim, "added_kv_proj_dim": cost.width}
+    return config
+
+
+def wan_dit(name: str, cost: WanDiTCost, shape: tuple[int, int, int], tiny: bool) -> dict[str, Any]:
+    cost = replace(cost, layers=2) if tiny else cost
+    t, h, w = shape
+    ours = cost.timesteps == "block"
     with torch.device("meta"):
-        net = (SwiftI2VTransformer3DModel if ours else WanTransformer3DModel)(**config).to(torch.bfloat16)
+        net = (SwiftI2VTransformer3DModel if ours else WanTransformer3DModel)(**dit_config(cost)).to(torch.bfloat16)
         inputs: dict[str, Any] = {
             "hidden_states": _half(1, cost.out_channels if ours else cost.in_channels, t, h, w),
             "encoder_hidden_states": _half(1, cost.text_tokens, cost.text_dim),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from costs import WAN22_VAE
+from costs import WAN22_VAE, dit_config
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
@@ -109,20 +109,6 @@ def made(machine: Machine, network: Callable[[], Any]) -> Any:
         if any(part in name.split(".") for part in kept):
             parameter.data = parameter.data.float()
     return module.to(machine.device).eval().requires_grad_(False)
-
-
-def dit_config(cost: WanDiTCost) -> dict[str, Any]:
-    """diffusers' arguments of the Wan transformer that ``cost`` prices."""
-    config: dict[str, Any] = {
-        "num_attention_heads": cost.heads,
-        "in_channels": cost.in_channels,
-        "out_channels": cost.out_channels,
-        "ffn_dim": cost.ffn,
-        "num_layers": cost.layers,
-    }
-    if cost.image_dim:
-        config |= {"image_dim": cost.image_dim, "added_kv_proj_dim": cost.width}
-    return config
 
 
 def dit_cost(transformer: Any, text_tokens: int) -> WanDiTCost:

@@ -24,7 +24,6 @@ from typing import Any
 import baselines
 import common
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from swifti2v import metrics, motion_field, presets
@@ -33,7 +32,6 @@ from swifti2v.core import Size
 from swifti2v.evaluate import perceptual
 from swifti2v.mobile import MobileI2VPipeline
 from swifti2v.models.mobile_dit import MobileTransformer3DModel
-from swifti2v.models.nano_vae import NanoVAE
 from swifti2v.motion_score import motion_score
 from swifti2v.reference import fit_pixels
 from swifti2v.tiny import tiny_mobile
@@ -126,10 +124,9 @@ def loaded(folder: str, tiny: bool) -> Any:
         return tiny_mobile("mobile-nano")
     if not folder:
         return MobileI2VPipeline.from_pretrained("mobile-nano")
-    transformer = MobileTransformer3DModel.from_pretrained(folder).eval()
-    vae = NanoVAE.from_pretrained(presets.get("mobile-nano").vae_folder).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    return MobileI2VPipeline(transformer, vae, scheduler, preset="mobile-nano")
+    return MobileI2VPipeline.from_pretrained(
+        "mobile-nano", transformer=MobileTransformer3DModel.from_pretrained(folder)
+    )
 
 
 @torch.no_grad()

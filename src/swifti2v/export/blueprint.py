@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import RunError
-from .contracts import Layout, Precision, Role, TensorContract
+from .contracts import Format, GraphContract, Layout, Parity, Precision, Role, TensorContract, sha256_of
 
 # |graph - torch| / |torch|. float16: 11 bits of each weight; int8: 8 bits by output channel. Measured values are in
 # the manifests; these refuse what is broken, not what is merely rounded.
@@ -47,6 +48,25 @@ class Blueprint:
                 out: Any = self.module(*self.examples)
             self._wanted.append(out if isinstance(out, tuple) else (out,))
         return self._wanted[0]
+
+    def graph(
+        self, file: Path, format: Format, weights: Precision, parity: Parity, operators: dict[str, int]
+    ) -> GraphContract:
+        """What the manifest says of this graph, written to ``file``."""
+        inputs, outputs = self.contracts()
+        return GraphContract(
+            file=file.name,
+            role=self.role,
+            format=format,
+            weights=weights,
+            layout=self.layout,
+            window=self.window,
+            inputs=inputs,
+            outputs=outputs,
+            parity=parity,
+            operators=operators,
+            sha256=sha256_of(file),
+        )
 
     def contracts(self) -> tuple[tuple[TensorContract, ...], tuple[TensorContract, ...]]:
         """Of inputs and outputs."""

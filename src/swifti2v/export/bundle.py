@@ -149,8 +149,8 @@ def _manifest(plan: Plan, graphs: Sequence[GraphContract]) -> Manifest:
 def _layouts_for(graphs: Sequence[GraphContract]) -> dict[str, Layout]:
     """The recommended layout where it was exported in the use's format, else the one there is."""
     found: dict[str, Layout] = {}
+    every = [(g.format, g.layout) for g in graphs if g.layout]
     for use, layout in LAYOUT_FOR.items():
-        every = [(g.format, g.layout) for g in graphs if g.layout]
         made = [kind for format, kind in every if format == FORMAT_OF.get(use, format)] or [kind for _, kind in every]
         found[use] = layout if layout in made else made[0]
     return found

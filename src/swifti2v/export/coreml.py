@@ -19,7 +19,7 @@ import torch
 from .blueprint import LIMITS, Blueprint
 from .blueprints import Plan
 from .budget import mil_operators
-from .contracts import GraphContract, Parity, Precision, sha256_of
+from .contracts import GraphContract, Parity, Precision
 
 
 def write_all(plan: Plan, folder: Path) -> Iterator[GraphContract]:
@@ -39,19 +39,8 @@ def write(blueprint: Blueprint, folder: Path) -> GraphContract:
         os.replace(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    inputs, outputs = blueprint.contracts()
-    return GraphContract(
-        file=target.name,
-        role=blueprint.role,
-        format="coreml",
-        weights=precision,
-        layout=blueprint.layout,
-        window=blueprint.window,
-        inputs=inputs,
-        outputs=outputs,
-        parity=Parity(error=None, limit=LIMITS[precision]),
-        operators=mil_operators(model),
-        sha256=sha256_of(target),
+    return blueprint.graph(
+        target, "coreml", precision, Parity(error=None, limit=LIMITS[precision]), mil_operators(model)
     )
 
 

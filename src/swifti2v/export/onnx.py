@@ -16,7 +16,7 @@ import torch
 
 from .blueprint import LIMITS, Blueprint, gap, refuse
 from .budget import onnx_operators
-from .contracts import GraphContract, Parity, Precision, sha256_of
+from .contracts import GraphContract, Parity, Precision
 
 OPSET = 17  # GridSample came with 16, LayerNormalization with 17
 SMALLEST = 4096  # weights with fewer numbers stay float32
@@ -36,20 +36,7 @@ def write(blueprint: Blueprint, folder: Path, precision: Precision = "float32") 
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-    inputs, outputs = blueprint.contracts()
-    return GraphContract(
-        file=target.name,
-        role=blueprint.role,
-        format="onnx",
-        weights=precision,
-        layout=blueprint.layout,
-        window=blueprint.window,
-        inputs=inputs,
-        outputs=outputs,
-        parity=Parity(error=error, limit=limit),
-        operators=operators,
-        sha256=sha256_of(target),
-    )
+    return blueprint.graph(target, "onnx", precision, Parity(error=error, limit=limit), operators)
 
 
 def trace(blueprint: Blueprint, path: Path) -> None:

@@ -20,7 +20,7 @@ from . import runner
 from .blueprint import LIMITS, Blueprint, gap, refuse
 from .blueprints import Plan
 from .budget import edge_operators
-from .contracts import GraphContract, Parity, sha256_of
+from .contracts import GraphContract, Parity
 
 
 def write_all(plan: Plan, folder: Path) -> Iterator[GraphContract]:
@@ -40,20 +40,7 @@ def write(blueprint: Blueprint, folder: Path) -> GraphContract:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-    inputs, outputs = blueprint.contracts()
-    return GraphContract(
-        file=target.name,
-        role=blueprint.role,
-        format="executorch",
-        weights="float32",
-        layout=blueprint.layout,
-        window=blueprint.window,
-        inputs=inputs,
-        outputs=outputs,
-        parity=Parity(error=error, limit=limit),
-        operators=operators,
-        sha256=sha256_of(target),
-    )
+    return blueprint.graph(target, "executorch", "float32", Parity(error=error, limit=limit), operators)
 
 
 def lower(blueprint: Blueprint, path: Path) -> dict[str, int]:

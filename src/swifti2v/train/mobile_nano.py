@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import motion_field
 from ..core import UsageError
@@ -99,13 +98,10 @@ class MotionVideos:
                 continue
             score = 1.0 if batch.motion_score is None else float(batch.motion_score[0])
             photo = next(iter(decode_stream(_vae(), [batch.reference[:1, CHANNELS:, :1]])))
-            shown = [torch.cat(list(shown_as(z[:1], photo, score)), dim=2) for z in (made, batch.clean)]
+            # As if the window began with the clip.
+            clips = [motion_field.decode_stream([z[:1]], photo, score) for z in (made, batch.clean)]
+            shown = [torch.cat(list(clip), dim=2) for clip in clips]
             write_video(folder / f"{index:04d}.mp4", [torch.cat(shown, dim=4)], fps=15.0)
-
-
-def shown_as(latents: Tensor, photo: Tensor, score: float) -> Any:
-    """``motion_field.decode_stream`` of the window, as if it began with the clip."""
-    return motion_field.decode_stream([latents], photo, score)
 
 
 @cache

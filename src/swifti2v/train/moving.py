@@ -41,6 +41,7 @@ GAIN, LEAST = 1.0, 20.0  # dB by which the moved photo must be nearer to film th
 TRIES = 4  # shots looked at for one that can be used
 COUNT = 8  # windows a batch
 LIMIT = 6.0  # of latents
+SQUARE = Size(64, 64)
 SLOW = 0.02  # of the fast speeds: so slow that flow is proportional to it
 
 
@@ -62,16 +63,20 @@ def camera(score: float, rng: random.Random) -> Motion:
     unscaled = Motion(
         SLOW * FAST_PAN * pan, SLOW * FAST_PAN * tilt, FAST_ZOOM ** (SLOW * zoom), SLOW * FAST_ROLL * roll
     )
-    return unscaled.scaled(score / view_score(unscaled))
+    return as_lively(unscaled, score)
 
 
 def push_of(score: float) -> Motion:
     """The camera's push in whose mean optical flow is ``score`` (``motion_score``)."""
-    unscaled = Motion(zoom=1.001)
-    return unscaled.scaled(score / view_score(unscaled))
+    return as_lively(Motion(zoom=1.001), score)
 
 
-def view_score(motion: Motion, size: Size = Size(64, 64)) -> float:  # noqa: B008 - frozen
+def as_lively(slow: Motion, score: float) -> Motion:
+    """A slow motion sped up to a motion score, over a square photo."""
+    return slow.scaled(score / view_score(slow, SQUARE))
+
+
+def view_score(motion: Motion, size: Size) -> float:
     """The motion score of a camera over a photo of the aspect of ``size``."""
     frames = sorted({frame for pair in PAIRS for frame in pair})
     fields = dict(zip(frames, view_fields(motion, frames, (33, 33), size).unbind(1), strict=True))
