@@ -80,15 +80,17 @@ def takes_options(verb: Callable[[Options], None]) -> Callable[..., None]:
 def generate(options: Options) -> None:
     """Make a video from a photo."""
     with reported(options.debug):
-        from .order import plan_of, prepare
+        from .order import plan_of, prepare, trace_file
 
         order = prepare(options)
         if options.dry_run:
             _print_plan(plan_of(options), options.json, order.notices)
             return
+        from .overlap import recorded
         from .produce import start
 
-        _run(lambda emit: start(order, emit), _mode(options.json, options.quiet))
+        with recorded(overlap=not options.in_turn, trace=trace_file(options.trace)) as lanes:
+            _run(lambda emit: start(order, emit, lanes=lanes), _mode(options.json, options.quiet))
 
 
 @app.command()
@@ -106,15 +108,20 @@ def resume(
     job: Annotated[str, typer.Argument(metavar="JOB", help="The NAME.job folder of an interrupted run.")],
     model: Model = None,
     force: Annotated[bool, typer.Option("--force", help="Even if weights or libraries changed.")] = False,
+    in_turn: Annotated[bool, typer.Option("--in-turn", help="One stage at a time: less memory.")] = False,
+    trace: Annotated[str | None, typer.Option(metavar="OUT.json", help="Write who worked when.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Continue an interrupted run; the result is the same as if it had not been."""
     with reported(debug):
-        from . import produce
+        from .order import trace_file
+        from .overlap import recorded
+        from .produce import resume as go_on
 
-        _run(lambda emit: produce.resume(Path(job), emit, model=model, force=force), _mode(json, quiet))
+        with recorded(overlap=not in_turn, trace=trace_file(trace)) as lanes:
+            _run(lambda emit: go_on(Path(job), emit, model=model, force=force, lanes=lanes), _mode(json, quiet))
 
 
 @app.command()
@@ -143,10 +150,11 @@ def rerun(
     """Make a file again from what it says about itself; finds the photo by its checksum."""
     with reported(debug):
         from .order import prepare_again
+        from .overlap import Lanes
         from .produce import start
 
         order = prepare_again(Path(file), image=image, output=output, model=model)
-        _run(lambda emit: start(order, emit), _mode(json, quiet))
+        _run(lambda emit: start(order, emit, lanes=Lanes(overlap=True)), _mode(json, quiet))
 
 
 @app.command()

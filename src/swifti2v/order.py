@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def prepare(options: Options) -> Order:
     _refuse_second_stage(options, preset)
     source = media.read_image(options.image)
     request, notices = request_of(options, preset, source.size, source.sha256)
+    trace_file(options.trace)
     write = _write_options(options)
     inputs = Inputs(
         photo_name=Path(options.image).name,
@@ -143,10 +145,10 @@ def plan_of(options: Options) -> Plan:
     preset = presets.get(options.preset)
     size = media.read_image(options.image).size if options.image is not None else None
     request, _ = request_of(options, preset, size)
-    return planned(request, preset, options.model)
+    return planned(request, preset, options.model, overlap=not options.in_turn)
 
 
-def planned(request: Request, preset: Preset, model: str | None) -> Plan:
+def planned(request: Request, preset: Preset, model: str | None, *, overlap: bool = True) -> Plan:
     """What a request costs with these weights on this machine, as ``doctor`` measured it."""
     from .costs import read_nano
     from .costs_mobile import read_mobile
@@ -161,7 +163,7 @@ def planned(request: Request, preset: Preset, model: str | None) -> Plan:
                 networks = read_mobile(Path(model), preset.vae_folder)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"--model {Path(model).name} has an unusable config.json: {error}") from None
-    return plan(request, preset, stored_calibration(), networks=networks)
+    return plan(request, preset, stored_calibration(), networks=networks, overlap=overlap)
 
 
 @_at_the_door()
@@ -332,6 +334,18 @@ def _check_lora(path: str) -> None:
     for file in locate(path):
         if file.suffix == ".safetensors":
             read_metadata(file)
+
+
+def trace_file(given: str | None) -> Path | None:
+    """Where a trace is to go; UsageError if something is there or it cannot be written."""
+    if given is None:
+        return None
+    path = _path(given)
+    if os.path.lexists(path):
+        raise UsageError(f"--trace {given} exists and is not overwritten; choose another name")
+    if not path.parent.is_dir():
+        raise UsageError(f"--trace: the folder {path.parent} does not exist; create it or choose another")
+    return path
 
 
 def _path(text: str) -> Path:

@@ -23,6 +23,7 @@ from .core import Chunk, Request, RunError
 from .memory import Placement
 from .models.causal_vae import decode_stream, encode_pairs, encode_stream, streaming
 from .models.text import encode_prompts, truncated_prompt
+from .overlap import IN_TURN, Lanes, Running
 from .reference import carried_reference, hybrid_reference, shrink
 from .runs import (
     Emit,
@@ -124,17 +125,32 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         motion: Iterable[Tensor] | None = None,
         emit: Emit | None = None,
         conditions: Conditions | None = None,
+        lanes: Lanes = IN_TURN,
     ) -> Iterator[Chunk]:
         """Make the clip chunk by chunk: frame 0 at once, then each segment before the next is denoised.
 
         ``photo`` (1, 3, 1, H, W) in [-1, 1], already of the request's size (``reference.fit_image``). ``job`` keeps
         every finished window and segment, and what it holds is not made again. ``motion``: low-resolution pixel
-        chunks (1, 3, t, h, w) in place of Stage I. ``conditions``: precomputed embeddings. Closing the iterator
-        cancels between steps and frees everything. Raises RunError if Stage II is untrained or a segment is not
-        finite, ValueError if the photo has another size.
+        chunks (1, 3, t, h, w) in place of Stage I. ``conditions``: precomputed embeddings. ``lanes``: whether
+        reference, denoising and decoding run at once, a segment apart, in threads. Closing the iterator cancels between
+        steps and frees everything. Raises RunError if Stage II is untrained or a segment is not finite, ValueError if
+        the photo has another size.
         """
-        report = Reporter(emit)
         self._check(photo, request)
+        with lanes.running() as running:
+            yield from self._chunks(photo, request, job, motion, Reporter(emit, running), conditions, running)
+
+    def _chunks(
+        self,
+        photo: Tensor,
+        request: Request,
+        job: Journal | None,
+        motion: Iterable[Tensor] | None,
+        report: Reporter,
+        conditions: Conditions | None,
+        running: Running,
+    ) -> Iterator[Chunk]:
+        """``stream``'s line, from right to left: decode what is denoised along what is encoded."""
         vae = streaming(self.vae_2 if self.vae_2 is not None else self.vae)
         photo = photo.to(self._execution_device, torch.float32)
         plan = segment_windows(self.preset, request)
@@ -142,7 +158,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         def latents() -> Iterator[Tensor]:
             yield next(iter(encode_stream(vae, [photo])))
-            told = conditions or self.encode(photo, request, report)
+            with report.span("text"):
+                told = conditions or self.encode(photo, request, report)
             low = motion if motion is not None else self._decoded_motion(photo, request, told, job, report)
             if self.preset.carries_detail:
                 reference = encode_pairs(vae, carried_reference(photo, low, request.size))
@@ -150,10 +167,13 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 reference = encode_stream(vae, hybrid_reference(photo, low, request.size))
             if request.encode == "ahead":
                 reference = iter(list(reference))
+            reference = running.stage("reference", reference, photo.device)
             yield from self._segments(reference, request, told, job, report)
 
         start = number = 0
-        for pixels in decode_stream(vae, latents(), photo):  # not enumerate, which keeps the last while making the next
+        decoded = decode_stream(vae, running.stage("denoise", latents(), photo.device), photo)
+        # Not enumerate, which keeps the last while making the next.
+        for pixels in running.stage("decode", decoded, photo.device):
             if number == 0 and request.exact_first_frame:
                 pixels = photo
             yield Chunk(pixels, start, number, len(plan))
@@ -275,12 +295,13 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         windows_of_latents = motion_latents(
             self.transformer, vae, small, told, plan=plan, finished=finished, on_step=on_step
         )
-        for number, window in enumerate(windows_of_latents):
-            if job is not None and number >= len(finished):
-                job.save_motion(number, window, range(block, block + window.shape[2]))
-            block += window.shape[2]
-            if job is None:
-                latents.append(window)
+        with report.span("motion"):
+            for number, window in enumerate(windows_of_latents):
+                if job is not None and number >= len(finished):
+                    job.save_motion(number, window, range(block, block + window.shape[2]))
+                block += window.shape[2]
+                if job is None:
+                    latents.append(window)
 
         def few_at_a_time() -> Iterator[Tensor]:
             for window in latents if job is None else job.stream("motion"):

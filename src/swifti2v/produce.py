@@ -12,7 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ from .core import Chunk, Event, RunError, UsageError
 from .journal import Job, Manifest
 from .order import Order, check_recorded, location, split_lora
 from .origin import Origin, record_of
+from .overlap import IN_TURN, Lanes
+from .trace import Trace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +45,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a line that says how to go on."""
 
 
-def start(order: Order, emit: Emit) -> Path:
+def start(order: Order, emit: Emit, *, lanes: Lanes = IN_TURN) -> Path:
     """Make the video of an order; returns the path of the file (of the preview, if that was asked for)."""
     target = media.unique_path(order.wanted)
     try:
@@ -56,12 +58,12 @@ def start(order: Order, emit: Emit) -> Path:
     with job, _accountable(job, fresh=True):
         for line in order.notices:
             clock.say("notice", "image", line)
-        path = _make(job, job.manifest, clock, preview=order.preview, before=order.before)
+        path = _make(job, job.manifest, clock, preview=order.preview, before=order.before, lanes=lanes)
     clock.say("completed", "write", str(path))
     return path
 
 
-def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = False) -> Path:
+def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = False, lanes: Lanes = IN_TURN) -> Path:
     """Continue an interrupted job under the settings it began with; ``model``: where its weights are now.
 
     Raises UsageError, and leaves the job alone, if weights, libraries or settings differ (unless ``force``).
@@ -76,7 +78,8 @@ def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = 
         check_recorded(manifest.request, manifest.write, manifest.inputs)
         _clear_leftovers(job)
         with _accountable(job, fresh=False):
-            path = _make(job, manifest, clock, before=job.manifest if begun else None, refuse=not force)
+            before = job.manifest if begun else None
+            path = _make(job, manifest, clock, before=before, refuse=not force, lanes=lanes)
     clock.say("completed", "write", str(path))
     return path
 
@@ -89,6 +92,7 @@ def _make(
     before: Origin | Manifest | None = None,
     preview: bool = False,
     refuse: bool = False,
+    lanes: Lanes = IN_TURN,
 ) -> Path:
     """Load, compare with what was used ``before`` (and ``refuse`` differences), make, publish, remove the job.
 
@@ -104,7 +108,7 @@ def _make(
     for line in changes:
         clock.say("notice", "load", f"not as before: {line}")
     job.replace_manifest(manifest.model_copy(update=found))
-    path = _preview(pipe, job, clock) if preview else _video(pipe, job, clock)
+    path = _preview(pipe, job, clock) if preview else _video(pipe, job, clock, lanes)
     for line in job.notices:
         clock.say("notice", "write", line)
     if preview:
@@ -155,14 +159,14 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
         raise RunError(f"cannot load the model ({manifest.model}): {reason}") from error
 
 
-def _video(pipe: Pipeline, job: Job, clock: _Clock) -> Path:
+def _video(pipe: Pipeline, job: Job, clock: _Clock, lanes: Lanes) -> Path:
     manifest, request = job.manifest, job.manifest.request
     target = job.folder.parent / manifest.output
     if os.path.lexists(target):
         target = media.unique_path(target)
     low = _motion_pixels(pipe, manifest)
-    stream = pipe.stream(job.photo(), request, job=job, motion=low, emit=clock.forward)
-    frames = _frames(stream)
+    stream = pipe.stream(job.photo(), request, job=job, motion=low, emit=clock.forward, lanes=lanes)
+    frames = _frames(stream, lanes.trace)
     if target.suffix.lower() not in VIDEO_SUFFIXES:
         media.write_png_sequence(target, frames)
         return target
@@ -174,10 +178,11 @@ def _video(pipe: Pipeline, job: Job, clock: _Clock) -> Path:
     return target
 
 
-def _frames(chunks: Iterator[Chunk]) -> Iterator[Tensor]:
-    """The pixels alone; a chunk is let go before the next is made."""
+def _frames(chunks: Iterator[Chunk], trace: Trace | None) -> Iterator[Tensor]:
+    """The pixels alone; a chunk is let go before the next is made. What happens to it in between is its writing."""
     for chunk in chunks:
-        yield chunk.frames
+        with nullcontext() if trace is None else trace.span(f"write {chunk.segment}", lane="write"):
+            yield chunk.frames
         del chunk
 
 
