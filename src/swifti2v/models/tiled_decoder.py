@@ -108,7 +108,9 @@ def _run_tail(decoder: Any, x: Tensor, cache: list[Any], first: bool, split: int
     index = [0]
     for block in decoder.up_blocks[split:]:
         x = block(x, feat_cache=cache, feat_idx=index, first_chunk=first)
-    return cached_conv(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), cache, index)
+    x = decoder.norm_out(x)  # one name, so that what is done with is freed at once
+    x = decoder.nonlinearity(x)
+    return cached_conv(decoder.conv_out, x, cache, index)
 
 
 def _later_frames(decoder: Any) -> int:

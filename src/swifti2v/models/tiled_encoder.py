@@ -104,4 +104,6 @@ def _run_rest(encoder: Any, x: Tensor, cache: list[Any], layers: int) -> Tensor:
     for layer in encoder.down_blocks[layers:]:
         x = layer(x, feat_cache=cache, feat_idx=index)
     x = encoder.mid_block(x, feat_cache=cache, feat_idx=index)
-    return cached_conv(encoder.conv_out, encoder.nonlinearity(encoder.norm_out(x)), cache, index)
+    x = encoder.norm_out(x)
+    x = encoder.nonlinearity(x)
+    return cached_conv(encoder.conv_out, x, cache, index)
