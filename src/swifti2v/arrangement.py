@@ -102,35 +102,36 @@ def arrange(planner: Planner, budget: Budget, *, layer_bytes: float | None = Non
 
     Raises UsageError with the phase that does not fit and by how much, and the nearest size and card that would do.
     """
-    ways = list(Pricing(planner, budget.on_cpu, layer_bytes).ways())
-    fitting = [way for way in ways if not way.missing(budget)]
-    if fitting:
-        return min(fitting, key=lambda way: way.seconds)
-    nearest = min(ways, key=lambda way: way.missing(budget))
-    worst = max(nearest.needs, key=lambda need: need.device_bytes - budget.device_bytes)
-    size = planner.request.size
+    pricing = Pricing(planner, budget.on_cpu, layer_bytes)
+    found = pricing.cheapest(budget)
+    if found is not None:
+        return found
+    least = pricing.smallest(budget)
+    worst = max(least.needs, key=lambda need: need.device_bytes - budget.device_bytes)
     reason = (
-        f"{size}, {planner.request.num_frames} frames do not fit ({budget.source}, {budget.device_bytes / GIB:.1f} GiB "
-        f"for a run): {worst.phase} needs {worst.device_bytes / GIB:.1f} GiB and "
-        f"{worst.host_bytes / GIB:.1f} GiB of host memory at least"
+        f"{planner.request.size}, {planner.request.num_frames} frames do not fit ({budget.source}, "
+        f"{budget.device_bytes / GIB:.1f} GiB for a run): {worst.phase} needs {worst.device_bytes / GIB:.1f} GiB"
     )
-    raise UsageError(f"{reason}; {_nearest(planner, budget, layer_bytes)}")
+    reason += "" if budget.on_cpu else f" and {worst.host_bytes / GIB:.1f} GiB of host memory"
+    raise UsageError(f"{reason} at least; {_nearest(planner, budget, layer_bytes)}")
 
 
 def _nearest(planner: Planner, budget: Budget, layer_bytes: float | None) -> str:
     """The largest smaller size that fits, and the smallest card that this size fits."""
 
     def fits(candidate: Planner, within: Budget) -> bool:
-        return any(not way.missing(within) for way in Pricing(candidate, within.on_cpu, layer_bytes).ways())
+        pricing = Pricing(candidate, within.on_cpu, layer_bytes)
+        return not pricing.smallest(within).missing(within) or pricing.cheapest(within) is not None
 
     request, grid, words = planner.request, planner.preset.grid, []
-    for share in (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02):
+    for share in (0.75, 0.5, 0.25, 0.1, 0.05, 0.02):
         size = grid.size_for(int(request.size.area * share), request.size.aspect)
         if size.area < request.size.area and fits(_resized(planner, size), budget):
             words.append(f"{size} would fit")
             break
-    card = next((p.name for p in PROFILES.values() if fits(planner, p.budget())), None) if not budget.on_cpu else None
-    return " and ".join([*words, *([f"this size fits {card}"] if card else [])]) or "no size fits"
+    cards = [] if budget.on_cpu else sorted(PROFILES.values(), key=lambda profile: profile.device_gib)
+    words += [f"this size fits {card.name}" for card in cards if fits(planner, card.budget())][:1]
+    return " and ".join(words) or "no smaller size fits either"
 
 
 def _resized(planner: Planner, size: Size) -> Planner:
@@ -163,6 +164,7 @@ class Refining:
 
 Cut = TypeVar("Cut", bound=TilePlan)
 Cuts = tuple[DecodePlan | None, EncodePlan | None]
+Run = tuple[When, bool]  # when the reference is encoded, stages at once?
 Loading = tuple[bool, tuple[str, ...], bool]  # by phase?, what is streamed, from files?
 
 
@@ -174,13 +176,41 @@ class Pricing:
     on_cpu: bool
     layer_bytes: float | None = None
 
-    def ways(self) -> Iterator[Arrangement]:
-        cuts = list(product(self.decodes, self.encodes)) if self.cuttable else [(None, None)]
-        loadings = list(self._loadings())
-        for when, cut in product(self._whens(), cuts):
-            refining = self.refining(cut, when)
-            for overlap, loading in product((True, False), loadings):
-                yield self._priced(refining, (when, overlap), cut, loading)
+    def cheapest(self, budget: Budget) -> Arrangement | None:
+        """The way that fits and costs least; None if none fits."""
+        best: Arrangement | None = None
+        for run, loading in sorted(self._runs(), key=lambda way: self._seconds(*way)):
+            if self._outgrown(run, loading, budget):
+                continue
+            for cut in self.cuts:
+                seconds = self._seconds(run, loading) + _cut_seconds(cut, self.planner)
+                if best is not None and seconds >= best.seconds:
+                    break
+                way = self._priced(run, cut, loading)
+                if not way.missing(budget):
+                    best = way
+                    break
+        return best
+
+    def _outgrown(self, run: Run, loading: Loading, budget: Budget) -> bool:
+        """Whether text or Stage I alone do not fit, however the VAE is cut."""
+        needs = [need for need in self._priced(run, self.cuts[0], loading).needs if need.phase in ("text", "motion")]
+        return any(n.device_bytes > budget.device_bytes or n.host_bytes > budget.host_bytes > 0 for n in needs)
+
+    def smallest(self, budget: Budget) -> Arrangement:
+        """The way that is nearest to fitting, with the VAE cut as small as it gets."""
+        cut = min(self.cuts, key=lambda pair: sum(plan.device_bytes for plan in pair if plan is not None))
+        return min((self._priced(run, cut, loading) for run, loading in self._runs()), key=lambda w: w.missing(budget))
+
+    def _runs(self) -> Iterator[tuple[Run, Loading]]:
+        yield from product(product(self._whens(), (True, False)), self._loadings())
+
+    @cached_property
+    def cuts(self) -> list[Cuts]:
+        """Ways to cut the VAE, the cheapest first."""
+        if not self.cuttable:
+            return [(None, None)]
+        return sorted(product(self.decodes, self.encodes), key=lambda cut: _cut_seconds(cut, self.planner))
 
     def _whens(self) -> tuple[When, ...]:
         """When the reference may be encoded: as asked, or ahead where that is not said (and there is a reference)."""
@@ -272,8 +302,9 @@ class Pricing:
 
     # -- one way ------------------------------------------------------------------------------------------------------
 
-    def _priced(self, refining: Refining, run: tuple[When, bool], cut: Cuts, loading: Loading) -> Arrangement:
+    def _priced(self, run: Run, cut: Cuts, loading: Loading) -> Arrangement:
         (when, overlap), (phased, streamed, from_disk), needs = run, loading, []
+        refining = self.refining(cut, when)
         parked = sum(plan.host_bytes for plan in cut if plan is not None)
         for phase, parts, activations in self._phases(refining, when, overlap):
             loaded = parts if phased else (*STREAMABLE, "image")
@@ -282,7 +313,7 @@ class Pricing:
             host += BASE_HOST + refining.chunk + (parked if phase in ("encode", "refine") else 0)
             needs.append(Need(phase, self._device(weights, activations), 0 if self.on_cpu else host))
         names = tuple(STREAMABLE[part] for part in streamed)
-        seconds = self._seconds(run, cut, loading)
+        seconds = self._seconds(run, loading) + _cut_seconds(cut, self.planner)
         return Arrangement(phased, names, from_disk, *cut, when, overlap, tuple(needs), seconds)
 
     def _phases(self, refining: Refining, when: When, overlap: bool) -> Iterator[tuple[PhaseName, tuple[str, ...], int]]:
@@ -305,21 +336,27 @@ class Pricing:
         # The process and the encoder of the file, which on a card are the host's.
         return int(self.planner.calibration.rss_bytes + weights + activations + photo + self.rows["write"].activation_bytes)
 
-    def _seconds(self, run: tuple[When, bool], cut: Cuts, loading: Loading) -> float:
+    def _seconds(self, run: Run, loading: Loading) -> float:
+        """What this order of work and these loadings cost, the VAE aside."""
         (when, overlap), (phased, streamed, from_disk) = run, loading
         seconds = (0 if overlap else IN_TURN_SECONDS) + (AHEAD_SECONDS if when == "ahead" else 0)
         seconds += PHASED_SECONDS if phased else 0
-        for plan, blocks in zip(cut, (self.planner.chunk_blocks, 1), strict=True):
-            if plan is not None:
-                calls = self.planner.blocks / blocks
-                extra = plan.flops * (1 - 1 / plan.flops_factor)
-                seconds += calls * (extra / CONVOLUTIONS + plan.traffic_bytes / LINK)
         for part in streamed:
             row = self.rows[{"text": "text", "stage_one": "motion", "stage_two": "refine"}[part]]
             moved = self.weights(part) / (DISK if from_disk else LINK)
             # The next layer travels while one works.
             seconds += row.forwards * max(moved - row.flops / row.forwards / PRODUCTS, 0) + moved
         return seconds
+
+
+def _cut_seconds(cut: Cuts, planner: Planner) -> float:
+    """What tiles cost over none: arithmetic on their margins, and caches that go to the host and back."""
+    seconds = 0.0
+    for plan, blocks in zip(cut, (planner.chunk_blocks, 1), strict=True):
+        if plan is not None:
+            extra = plan.flops * (1 - 1 / plan.flops_factor)
+            seconds += planner.blocks / blocks * (extra / CONVOLUTIONS + plan.traffic_bytes / LINK)
+    return seconds
 
 
 def _bytes(what: Row | TilePlan) -> tuple[int, int]:
