@@ -302,7 +302,8 @@ class SwiftI2VRotaryPosEmbed(WanRotaryPosEmbed):
             y[:height].view(1, -1, 1, self.h_dim).expand(shape),
             x[:width].view(1, 1, -1, self.w_dim).expand(shape),
         )
-        return torch.cat(axes, dim=-1).flatten(0, 2)[None, :, None]
+        # Flat before they are joined: a view of (t, h, w, d) would tie a compiled layer's graph to h and w.
+        return torch.cat([axis.flatten(0, 2) for axis in axes], dim=-1)[None, :, None]
 
 
 @contextmanager
