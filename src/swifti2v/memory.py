@@ -1,4 +1,4 @@
-"""Where modules live and in which dtype: the only caller of ``.to`` for devices.
+"""Where modules live, in which dtype and by which fast paths they run: the only caller of ``.to`` for devices.
 
 The settings chosen here are recorded in the job's manifest: with them, equal requests give equal latents.
 """
@@ -6,6 +6,7 @@ The settings chosen here are recorded in the job's manifest: with them, equal re
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +20,46 @@ MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
+class FastPaths:
+    """The transformers' fast paths, by name. The default is the slow witness of each, but for ``attention``.
+
+    ``attention``: a kernel by diffusers' name; "auto" until one has been chosen. ``quantize``: a kind of
+    ``quantize.KINDS``, or None. ``compile``: whether the repeated layers are compiled.
+    """
+
+    attention: str = "auto"
+    quantize: str | None = None
+    compile: bool = False
+
+    def settings(self) -> dict[str, str]:
+        """As a manifest holds it; what is off is left out."""
+        found = {"attention": self.attention}
+        if self.quantize is not None:
+            found["quantize"] = self.quantize
+        return found | ({"compile": "regional"} if self.compile else {})
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, str]) -> FastPaths:
+        """What ``settings`` wrote, and what was written before there were fast paths."""
+        return cls(settings.get("attention", "auto"), settings.get("quantize"), "compile" in settings)
+
+
+@dataclass(frozen=True)
 class Placement:
-    """Device, dtype of the transformers and VAEs, and CPU threads of one run, with the reason for the dtype."""
+    """Device, dtype of the transformers and VAEs, and CPU threads of one run, with the reason for the dtype.
+
+    ``fast``: what the transformers were set to; None for those that know no fast paths.
+    """
 
     device: torch.device
     dtype: torch.dtype
     threads: int
     reason: str
+    fast: FastPaths | None = None
 
     def settings(self) -> dict[str, str]:
-        return {
+        fast = {} if self.fast is None else self.fast.settings()
+        return fast | {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": str(self.threads),
