@@ -12,6 +12,7 @@ import json as json_text
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
@@ -21,6 +22,7 @@ from typer.core import TyperGroup
 from .options import FILE, Options, option
 
 if TYPE_CHECKING:
+    from .parallel import Ranks
     from .progress import Mode
 
 
@@ -54,6 +56,9 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", show_defau
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 Output = Annotated[str | None, typer.Option(metavar="FILE", help="Where to write the video.", show_default=False)]
+Ranked = Annotated[
+    int | None, typer.Option("--context-parallel", metavar="N", help="By N processes, as begun.", show_default=False)
+]
 Model = Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are now.", show_default=False)]
 
 
@@ -82,13 +87,18 @@ def generate(options: Options) -> None:
     with reported(options.debug):
         from .order import plan_of, prepare
 
-        order = prepare(options)
         if options.dry_run:
+            order = prepare(options)
             _print_plan(plan_of(options), options.json, order.notices)
             return
-        from .produce import start
 
-        _run(lambda emit: start(order, emit), _mode(options.json, options.quiet))
+        def work(ranks: Ranks | None) -> None:
+            from .produce import start
+
+            order = prepare(options)
+            _run(lambda emit: start(order, emit, ranks=ranks), _mode(options.json, options.quiet))
+
+        _in_ranks(options.context_parallel, options.device, work)
 
 
 @app.command()
@@ -106,6 +116,7 @@ def resume(
     job: Annotated[str, typer.Argument(metavar="JOB", help="The NAME.job folder of an interrupted run.")],
     model: Model = None,
     force: Annotated[bool, typer.Option("--force", help="Even if weights or libraries changed.")] = False,
+    context_parallel: Ranked = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -114,7 +125,11 @@ def resume(
     with reported(debug):
         from . import produce
 
-        _run(lambda emit: produce.resume(Path(job), emit, model=model, force=force), _mode(json, quiet))
+        def work(ranks: Ranks | None) -> None:
+            made = partial(produce.resume, Path(job), model=model, force=force, ranks=ranks)
+            _run(made, _mode(json, quiet))
+
+        _in_ranks(context_parallel, None, work)
 
 
 @app.command()
@@ -308,6 +323,27 @@ def _run(work: Callable[[Any], Path], mode: Mode) -> None:
         path = work(emit)
     if mode == "auto":
         print(path)
+
+
+def _in_ranks(count: int | None, device: str | None, work: Callable[[Ranks | None], None]) -> None:
+    """Do the work in this process; with a ``count``, as the first of so many, and in the others what it asks for."""
+    if count is None:
+        work(None)
+        return
+    from . import parallel, produce
+
+    leads: bool | None = None
+    try:
+        with parallel.joined(count, device=device) as ranks:
+            leads = ranks.leads
+            if ranks.leads:
+                work(ranks)
+            else:
+                produce.follow(ranks)
+    except (parallel.Ended, KeyboardInterrupt) as stop:
+        if leads or (leads is None and isinstance(stop, KeyboardInterrupt)):
+            raise
+        sys.exit(1)  # in silence: the first process says what happened
 
 
 def _print_plan(plan: Any, as_json: bool, notices: Sequence[str]) -> None:

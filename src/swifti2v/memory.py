@@ -20,19 +20,25 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Placement:
-    """Device, dtype of the transformers and VAEs, and CPU threads of one run, with the reason for the dtype."""
+    """Device, dtype of the transformers and VAEs, and CPU threads of one run, with the reason for the dtype.
+
+    ``ranks``: processes that split the transformers between them (``parallel``).
+    """
 
     device: torch.device
     dtype: torch.dtype
     threads: int
     reason: str
+    ranks: int = 1
 
     def settings(self) -> dict[str, str]:
+        shared = {"context_parallel": str(self.ranks)} if self.ranks > 1 else {}
         return {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": str(self.threads),
             "dtype_reason": self.reason,
+            **shared,
         }
 
 

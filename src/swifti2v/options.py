@@ -97,6 +97,9 @@ class Options:
     dtype: Annotated[str, option(RUN, "auto (default), float32 or bfloat16.", metavar="NAME")] = "auto"
     device: Annotated[str | None, option(RUN, "cpu, cuda, cuda:1, mps (default: the best there is).")] = None
     threads: Annotated[int | None, option(RUN, "CPU threads.")] = None
+    context_parallel: Annotated[
+        int | None, option(RUN, "One clip by N processes (wan, wan-refine), started by torchrun.", metavar="N")
+    ] = None
     dry_run: Annotated[bool, option(RUN, "Check everything, print the plan, make nothing.", "--dry-run")] = False
     json: Annotated[bool, option(RUN, "Events as JSON lines on stdout.", "--json")] = False
     quiet: Annotated[bool, option(RUN, "Print nothing but errors.", "--quiet")] = False

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .mobile import MobileI2VPipeline
+    from .parallel import Ranks
     from .pipeline import SwiftI2VPipeline
 
     Pipeline = SwiftI2VPipeline | MobileI2VPipeline
@@ -43,8 +45,11 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a line that says how to go on."""
 
 
-def start(order: Order, emit: Emit) -> Path:
-    """Make the video of an order; returns the path of the file (of the preview, if that was asked for)."""
+def start(order: Order, emit: Emit, *, ranks: Ranks | None = None) -> Path:
+    """Make the video of an order; returns the path of the file (of the preview, if that was asked for).
+
+    ``ranks``: the processes that share the work, of which this is the first (``parallel``).
+    """
     target = media.unique_path(order.wanted)
     try:
         manifest = order.manifest.model_copy(update={"output": target.name})
@@ -56,12 +61,14 @@ def start(order: Order, emit: Emit) -> Path:
     with job, _accountable(job, fresh=True):
         for line in order.notices:
             clock.say("notice", "image", line)
-        path = _make(job, job.manifest, clock, preview=order.preview, before=order.before)
+        path = _make(job, job.manifest, clock, preview=order.preview, before=order.before, ranks=ranks)
     clock.say("completed", "write", str(path))
     return path
 
 
-def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = False) -> Path:
+def resume(
+    folder: Path, emit: Emit, *, model: str | None = None, force: bool = False, ranks: Ranks | None = None
+) -> Path:
     """Continue an interrupted job under the settings it began with; ``model``: where its weights are now.
 
     Raises UsageError, and leaves the job alone, if weights, libraries or settings differ (unless ``force``).
@@ -73,12 +80,20 @@ def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = 
         if model is not None:
             inputs = manifest.inputs.model_copy(update={"model": location(model)})
             manifest = manifest.model_copy(update={"inputs": inputs})
-        check_recorded(manifest.request, manifest.write, manifest.inputs)
+        preset = check_recorded(manifest.request, manifest.write, manifest.inputs)
+        if ranks is not None:
+            ranks.check(preset, manifest.request, manifest.inputs.model)
         _clear_leftovers(job)
         with _accountable(job, fresh=False):
-            path = _make(job, manifest, clock, before=job.manifest if begun else None, refuse=not force)
+            path = _make(job, manifest, clock, before=job.manifest if begun else None, refuse=not force, ranks=ranks)
     clock.say("completed", "write", str(path))
     return path
+
+
+def follow(ranks: Ranks) -> None:
+    """What every process but the first does: load what that one loads, and compute with it until it is done."""
+    silent = _Clock(lambda event: None)
+    ranks.follow(lambda text: _load(Manifest.model_validate_json(text), silent))
 
 
 def _make(
@@ -89,12 +104,14 @@ def _make(
     before: Origin | Manifest | None = None,
     preview: bool = False,
     refuse: bool = False,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Load, compare with what was used ``before`` (and ``refuse`` differences), make, publish, remove the job.
 
     ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
     """
-    pipe = _load(manifest, clock)
+    load = partial(_load, manifest, clock)
+    pipe = load() if ranks is None else ranks.lead(manifest.model_dump_json(), load)
     found = pipe.fingerprint()
     for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
         found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
