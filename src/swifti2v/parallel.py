@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -37,9 +37,10 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
-from .core import Request, RunError, UsageError
-from .presets import Preset
-from .ranks import TRANSFORMERS, check_ranks, legal_ranks, nearest
+from . import presets
+from .core import RunError, UsageError
+from .journal import Manifest
+from .ranks import TRANSFORMERS, legal_ranks, nearest, split_of
 
 if TYPE_CHECKING:
     from .pipeline import SwiftI2VPipeline
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(minutes=30)
 FAILED = "failed"
 _HOOK = "swifti2v_lead"
-_GRACE = timedelta(seconds=5)  # how long word of a failure may take that has already closed its connections
+_GRACE = timedelta(seconds=2)  # how long word of a failure may take that has already closed its connections
 
 
 class Ended(RunError):
@@ -72,23 +73,22 @@ class Ranks:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def check(self, preset: Preset, request: Request, model: str | None) -> None:
-        """``check_ranks`` of these processes."""
-        check_ranks(self.size, preset, request, model)
+    def lead(self, manifest: Manifest, load: Callable[[], Any]) -> Any:
+        """``load`` the pipeline of a job while the others do (``follow``), and share it with them until the end.
 
-    def lead(self, order: str, load: Callable[[], Any]) -> Any:
-        """Send ``order`` to the others (``follow``), ``load`` while they do, and split the pipeline until the end."""
-        self.say("load", order)
+        UsageError, and nothing is loaded, if so many processes cannot share it.
+        """
+        split = split_of(self.size, presets.get(manifest.request.preset), manifest.request, manifest.inputs.model)
+        self.say("load", (manifest.model_dump_json(), split.parts))
         pipeline = load()
-        self.stack.enter_context(enable_context_parallel(pipeline, self))
+        self.stack.enter_context(enable_context_parallel(pipeline, self, split.parts))
         return pipeline
 
-    def follow(self, load: Callable[[str], Any]) -> None:
-        """Load what the first process has ordered and serve its calls. Raises Ended if that one fails."""
-        kind, order = self.hear()
-        if kind == "load":
-            with enable_context_parallel(load(order), self):
-                return
+    def follow(self, load: Callable[[Manifest], Any]) -> None:
+        """Load what the first process loads and serve its calls. Raises Ended if that one fails."""
+        _, (manifest, parts) = self.hear()
+        with enable_context_parallel(load(Manifest.model_validate_json(manifest)), self, parts):
+            return
 
     def say(self, kind: str, value: Any = None) -> None:
         """Tell the other processes; plain values only, tensors go through ``send``."""
@@ -216,35 +216,43 @@ def _config(rank: int, size: int, kind: str) -> ParallelConfig:
 
 @contextmanager
 def _terminable(ranks: Ranks) -> Iterator[None]:
-    """SIGTERM raises Ended: torchrun sends it when another process has failed, and there is something to say."""
+    """SIGTERM raises Ended and SIGINT KeyboardInterrupt, once: torchrun sends the one when another process has failed,
+    and the other a second time after Ctrl-C, and there is something to say and to tidy up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: Any) -> None:
-        if not ranks.over:
-            ranks.over = True
-            raise Ended(ranks.word() or "ended from outside (SIGTERM)")
+        if ranks.over:
+            return
+        ranks.over = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Ended(ranks.word() or "told to end (SIGTERM), as torchrun does when another process is gone")
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- the transformers ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def enable_context_parallel(pipeline: SwiftI2VPipeline, ranks: Ranks) -> Iterator[bool]:
+def enable_context_parallel(
+    pipeline: SwiftI2VPipeline, ranks: Ranks, parts: Sequence[str] = TRANSFORMERS
+) -> Iterator[bool]:
     """Split the transformers of ``pipeline`` for as long as the context lasts; True in the first process.
 
-    Every process enters with the same weights. In the first the pipeline is then used as ever; the others come out of
-    entering, with False, when it has left. Raises UsageError if the processes do not divide the heads, or for networks
-    other than Wan's; a call whose tokens they do not divide raises it too.
+    Every process enters with the same weights and the same ``parts``, the transformers to split. In the first the
+    pipeline is then used as ever; the others come out of entering, with False, when it has left. Raises UsageError if
+    the processes do not divide the heads, or for networks other than Wan's; a call whose tokens they do not divide
+    raises it too.
     """
-    models = {name: getattr(pipeline, name, None) for name in TRANSFORMERS}
+    models = {name: getattr(pipeline, name, None) for name in parts}
     for model in models.values():
         _check_model(model, ranks.size)
     if pipeline.placement is not None:

@@ -80,9 +80,7 @@ def resume(
         if model is not None:
             inputs = manifest.inputs.model_copy(update={"model": location(model)})
             manifest = manifest.model_copy(update={"inputs": inputs})
-        preset = check_recorded(manifest.request, manifest.write, manifest.inputs)
-        if ranks is not None:
-            ranks.check(preset, manifest.request, manifest.inputs.model)
+        check_recorded(manifest.request, manifest.write, manifest.inputs)
         _clear_leftovers(job)
         with _accountable(job, fresh=False):
             path = _make(job, manifest, clock, before=job.manifest if begun else None, refuse=not force, ranks=ranks)
@@ -93,7 +91,7 @@ def resume(
 def follow(ranks: Ranks) -> None:
     """What every process but the first does: load what that one loads, and compute with it until it is done."""
     silent = _Clock(lambda event: None)
-    ranks.follow(lambda text: _load(Manifest.model_validate_json(text), silent))
+    ranks.follow(lambda manifest: _load(manifest, silent))
 
 
 def _make(
@@ -111,7 +109,7 @@ def _make(
     ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
     """
     load = partial(_load, manifest, clock)
-    pipe = load() if ranks is None else ranks.lead(manifest.model_dump_json(), load)
+    pipe = load() if ranks is None else ranks.lead(manifest, load)
     found = pipe.fingerprint()
     for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
         found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)

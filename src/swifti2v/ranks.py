@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .core import Request, UsageError
@@ -15,9 +16,19 @@ from .segments import motion_windows, windows
 TRANSFORMERS = ("transformer", "transformer_2")
 
 
-def check_ranks(ranks: int, preset: Preset, request: Request, model: str | None = None) -> None:
-    """UsageError unless ``ranks`` processes can split both transformers of a preset in every window of a request.
+@dataclass(frozen=True)
+class Split:
+    """The transformers that processes share (names in a pipeline), and what is to be said about the others."""
 
+    parts: tuple[str, ...]
+    notices: tuple[str, ...] = ()
+
+
+def split_of(ranks: int, preset: Preset, request: Request, model: str | None = None) -> Split:
+    """What ``ranks`` processes can share of a request. UsageError if they cannot share Stage II.
+
+    They have to divide a transformer's heads and the tokens of each of its windows. Where that fails in Stage I alone
+    (wan-refine's own size has an odd number of tokens), the first process computes Stage I by itself, and this is said.
     Nothing is loaded: heads are read from the folders of ``model``, or are those of the public checkpoints.
     """
     if preset.family not in ("wan", "wan-refine"):
@@ -25,13 +36,18 @@ def check_ranks(ranks: int, preset: Preset, request: Request, model: str | None 
             f"context_parallel {ranks}: {preset.name} has no Wan transformer to split; leave it out (--threads uses "
             "more cores), or use --preset wan or wan-refine"
         )
-    tokens = window_tokens(preset, request)
-    legal = legal_ranks([*_heads(preset, model), *tokens])
+    one, two = (
+        [count, *tokens] for count, tokens in zip(_heads(preset, model), window_tokens(preset, request), strict=True)
+    )
+    legal = legal_ranks(two)
     if ranks not in legal:
-        rule = "processes have to divide the heads of both transformers and the tokens of every window"
-        if not legal:
-            raise UsageError(f"context_parallel {ranks}: {rule}, and none do at {request.size}; leave it out")
-        raise UsageError(f"context_parallel {ranks}: {rule}; nearest legal value: {nearest(ranks, legal)}")
+        rule = f"processes have to divide Stage II's {two[0]} heads and the tokens of its windows, {_listed(two[1:])}"
+        said = f"nearest legal value: {nearest(ranks, legal)}" if legal else "none do; leave it out"
+        raise UsageError(f"context_parallel {ranks}: {rule}; {said}")
+    if len(one) == 1 or ranks in legal_ranks(one):
+        return Split(TRANSFORMERS)
+    why = f"{ranks} processes do not divide Stage I's {one[0]} heads and the tokens of its windows, {_listed(one[1:])}"
+    return Split(TRANSFORMERS[1:], (f"{why}: the first process computes Stage I by itself",))
 
 
 def legal_ranks(parts: Sequence[int]) -> list[int]:
@@ -40,26 +56,29 @@ def legal_ranks(parts: Sequence[int]) -> list[int]:
     return [count for count in range(2, whole + 1) if whole % count == 0]
 
 
-def window_tokens(preset: Preset, request: Request) -> list[int]:
-    """Tokens of every different window of a request, Stage I's (unless a video replaces it) and Stage II's."""
-    grid = preset.grid
-    blocks, csg = grid.blocks(request.num_frames), request.csg
-    refining = windows(blocks, segment_blocks=csg.segment_blocks, neighbor_blocks=csg.neighbor_blocks)
-    found = {len(window.blocks) * grid.stage_two.tokens_per_block(request.size) for window in refining}
-    if not request.motion_sha256:
-        moving = motion_windows(
-            blocks,
-            trained_blocks=grid.trained_blocks,
-            overlap_blocks=preset.overlap_blocks,
-            generates_anchor=True,
-        )
-        small = grid.stage_one.tokens_per_block(grid.motion_size(request.size))
-        found |= {len(window.blocks) * small for window in moving}
-    return sorted(found)
-
-
 def nearest(ranks: int, legal: Sequence[int]) -> int:
     return min(legal, key=lambda count: (abs(count - ranks), count))
+
+
+def window_tokens(preset: Preset, request: Request) -> tuple[list[int], list[int]]:
+    """Tokens of every different window of a request: Stage I's (none if a video replaces it) and Stage II's."""
+    grid, csg = preset.grid, request.csg
+    blocks = grid.blocks(request.num_frames)
+    moving = motion_windows(
+        blocks,
+        trained_blocks=grid.trained_blocks,
+        overlap_blocks=preset.overlap_blocks,
+        generates_anchor=True,
+    )
+    refining = windows(blocks, segment_blocks=csg.segment_blocks, neighbor_blocks=csg.neighbor_blocks)
+    small = grid.stage_one.tokens_per_block(grid.motion_size(request.size))
+    large = grid.stage_two.tokens_per_block(request.size)
+    one = set() if request.motion_sha256 else {len(window.blocks) * small for window in moving}
+    return sorted(one), sorted({len(window.blocks) * large for window in refining})
+
+
+def _listed(tokens: Sequence[int]) -> str:
+    return " and ".join(map(str, tokens))
 
 
 def _heads(preset: Preset, model: str | None) -> Iterator[int]:
