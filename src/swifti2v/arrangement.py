@@ -316,7 +316,9 @@ class Pricing:
         seconds = self._seconds(run, loading) + _cut_seconds(cut, self.planner)
         return Arrangement(phased, names, from_disk, *cut, when, overlap, tuple(needs), seconds)
 
-    def _phases(self, refining: Refining, when: When, overlap: bool) -> Iterator[tuple[PhaseName, tuple[str, ...], int]]:
+    def _phases(
+        self, refining: Refining, when: When, overlap: bool
+    ) -> Iterator[tuple[PhaseName, tuple[str, ...], int]]:
         rows = self.rows
         if "text" in rows:
             image = self.planner.networks.image
@@ -334,7 +336,9 @@ class Pricing:
         if not self.on_cpu:
             return int(weights + SLACK * (activations + photo))
         # The process and the encoder of the file, which on a card are the host's.
-        return int(self.planner.calibration.rss_bytes + weights + activations + photo + self.rows["write"].activation_bytes)
+        return int(
+            self.planner.calibration.rss_bytes + weights + activations + photo + self.rows["write"].activation_bytes
+        )
 
     def _seconds(self, run: Run, loading: Loading) -> float:
         """What this order of work and these loadings cost, the VAE aside."""

@@ -12,6 +12,7 @@ import json as json_text
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
@@ -21,6 +22,7 @@ from typer.core import TyperGroup
 from .options import FILE, Options, option
 
 if TYPE_CHECKING:
+    from .parallel import Ranks
     from .progress import Mode
 
 
@@ -54,6 +56,9 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", show_defau
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 Output = Annotated[str | None, typer.Option(metavar="FILE", help="Where to write the video.", show_default=False)]
+Ranked = Annotated[
+    int | None, typer.Option("--context-parallel", metavar="N", help="By N processes, as begun.", show_default=False)
+]
 Model = Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are now.", show_default=False)]
 
 
@@ -82,15 +87,21 @@ def generate(options: Options) -> None:
     with reported(options.debug):
         from .order import plan_of, prepare, trace_file
 
-        order = prepare(options)
         if options.dry_run:
+            order = prepare(options)
             _print_plan(plan_of(options), options.json, order.notices)
             return
-        from .overlap import recorded
-        from .produce import start
 
-        with recorded(overlap=not options.in_turn, trace=trace_file(options.trace)) as lanes:
-            _run(lambda emit: start(order, emit, lanes=lanes), _mode(options.json, options.quiet))
+        def work(ranks: Ranks | None) -> None:
+            from .overlap import recorded
+            from .produce import Execution, start
+
+            order = prepare(options)
+            with recorded(overlap=not options.in_turn, trace=trace_file(options.trace)) as lanes:
+                execution = Execution(lanes, ranks)
+                _run(lambda emit: start(order, emit, execution), _mode(options.json, options.quiet))
+
+        _in_ranks(options.context_parallel, options.device, work)
 
 
 @app.command()
@@ -110,6 +121,7 @@ def resume(
     force: Annotated[bool, typer.Option("--force", help="Even if weights or libraries changed.")] = False,
     in_turn: Annotated[bool, typer.Option("--in-turn", help="One stage at a time: less memory.")] = False,
     trace: Annotated[str | None, typer.Option(metavar="OUT.json", help="Write who worked when.")] = None,
+    context_parallel: Ranked = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -118,10 +130,15 @@ def resume(
     with reported(debug):
         from .order import trace_file
         from .overlap import recorded
+        from .produce import Execution
         from .produce import resume as go_on
 
-        with recorded(overlap=not in_turn, trace=trace_file(trace)) as lanes:
-            _run(lambda emit: go_on(Path(job), emit, model=model, force=force, lanes=lanes), _mode(json, quiet))
+        def work(ranks: Ranks | None) -> None:
+            with recorded(overlap=not in_turn, trace=trace_file(trace)) as lanes:
+                made = partial(go_on, Path(job), model=model, force=force, execution=Execution(lanes, ranks))
+                _run(made, _mode(json, quiet))
+
+        _in_ranks(context_parallel, None, work)
 
 
 @app.command()
@@ -151,10 +168,10 @@ def rerun(
     with reported(debug):
         from .order import prepare_again
         from .overlap import Lanes
-        from .produce import start
+        from .produce import Execution, start
 
         order = prepare_again(Path(file), image=image, output=output, model=model)
-        _run(lambda emit: start(order, emit, lanes=Lanes(overlap=True)), _mode(json, quiet))
+        _run(lambda emit: start(order, emit, Execution(Lanes(overlap=True))), _mode(json, quiet))
 
 
 @app.command()
@@ -316,6 +333,27 @@ def _run(work: Callable[[Any], Path], mode: Mode) -> None:
         path = work(emit)
     if mode == "auto":
         print(path)
+
+
+def _in_ranks(count: int | None, device: str | None, work: Callable[[Ranks | None], None]) -> None:
+    """Do the work in this process; with a ``count``, as the first of so many, and in the others what it asks for."""
+    if count is None:
+        work(None)
+        return
+    from . import parallel, produce
+
+    leads: bool | None = None
+    try:
+        with parallel.joined(count, device=device) as ranks:
+            leads = ranks.leads
+            if ranks.leads:
+                work(ranks)
+            else:
+                produce.follow(ranks)
+    except (parallel.Ended, KeyboardInterrupt) as stop:
+        if leads or (leads is None and isinstance(stop, KeyboardInterrupt)):
+            raise
+        sys.exit(1)  # in silence: the first process says what happened
 
 
 def _print_plan(plan: Any, as_json: bool, notices: Sequence[str]) -> None:

@@ -48,7 +48,8 @@ class FastPaths:
 class Placement:
     """Device, dtype of the transformers and VAEs, and CPU threads of one run, with the reason for the dtype.
 
-    ``fast``: what the transformers were set to; None for those that know no fast paths.
+    ``fast``: what the transformers were set to; None for those that know no fast paths. ``ranks``: processes that split
+    the transformers between them (``parallel``).
     """
 
     device: torch.device
@@ -56,14 +57,17 @@ class Placement:
     threads: int
     reason: str
     fast: FastPaths | None = None
+    ranks: int = 1
 
     def settings(self) -> dict[str, str]:
+        shared = {"context_parallel": str(self.ranks)} if self.ranks > 1 else {}
         fast = {} if self.fast is None else self.fast.settings()
         return fast | {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": str(self.threads),
             "dtype_reason": self.reason,
+            **shared,
         }
 
 

@@ -103,6 +103,9 @@ class Options:
     trace: Annotated[
         str | None, option(RUN, "Write who worked when, for chrome://tracing or ui.perfetto.dev.", metavar="OUT.json")
     ] = None
+    context_parallel: Annotated[
+        int | None, option(RUN, "One clip by N processes (wan, wan-refine), started by torchrun.", metavar="N")
+    ] = None
     dry_run: Annotated[bool, option(RUN, "Check everything, print the plan, make nothing.", "--dry-run")] = False
     json: Annotated[bool, option(RUN, "Events as JSON lines on stdout.", "--json")] = False
     quiet: Annotated[bool, option(RUN, "Print nothing but errors.", "--quiet")] = False

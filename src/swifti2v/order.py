@@ -21,6 +21,7 @@ from .core import Request, Size, UsageError
 from .journal import Inputs, Manifest, WriteOptions
 from .origin import Origin, described, find_photo, origin_of
 from .presets import Preset
+from .ranks import split_of
 from .reference import fit_image
 from .segments import CSG
 
@@ -136,7 +137,17 @@ def request_of(options: Options, preset: Preset, photo: Size | None, sha256: str
     )
     if motion_frames is not None and motion_frames < request.num_frames:
         raise UsageError(f"--motion has {motion_frames} frames, {request.num_frames} are asked for; lower --num-frames")
-    return request, notices
+    return request, [*notices, *_shared(options, preset, request)]
+
+
+def _shared(options: Options, preset: Preset, request: Request) -> tuple[str, ...]:
+    """What is to be said about the work of several processes; UsageError if they cannot share it."""
+    if options.context_parallel is None:
+        return ()
+    split = split_of(options.context_parallel, preset, request, options.model)
+    if options.device not in (None, "cpu", "cuda"):
+        raise UsageError(f"device {options.device!r} is not for several processes; use cuda (one GPU each) or cpu")
+    return split.notices
 
 
 @_at_the_door()

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .mobile import MobileI2VPipeline
+    from .parallel import Ranks
     from .pipeline import SwiftI2VPipeline
 
     Pipeline = SwiftI2VPipeline | MobileI2VPipeline
@@ -45,7 +47,16 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a line that says how to go on."""
 
 
-def start(order: Order, emit: Emit, *, lanes: Lanes = IN_TURN) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Who does the work: ``lanes``, its stages at once or in turn; ``ranks``, the processes that share it, of which
+    this is the first (``parallel``)."""
+
+    lanes: Lanes = IN_TURN
+    ranks: Ranks | None = None
+
+
+def start(order: Order, emit: Emit, execution: Execution = Execution()) -> Path:
     """Make the video of an order; returns the path of the file (of the preview, if that was asked for)."""
     target = media.unique_path(order.wanted)
     try:
@@ -58,12 +69,14 @@ def start(order: Order, emit: Emit, *, lanes: Lanes = IN_TURN) -> Path:
     with job, _accountable(job, fresh=True):
         for line in order.notices:
             clock.say("notice", "image", line)
-        path = _make(job, job.manifest, clock, preview=order.preview, before=order.before, lanes=lanes)
+        path = _make(job, job.manifest, clock, preview=order.preview, before=order.before, execution=execution)
     clock.say("completed", "write", str(path))
     return path
 
 
-def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = False, lanes: Lanes = IN_TURN) -> Path:
+def resume(
+    folder: Path, emit: Emit, *, model: str | None = None, force: bool = False, execution: Execution = Execution()
+) -> Path:
     """Continue an interrupted job under the settings it began with; ``model``: where its weights are now.
 
     Raises UsageError, and leaves the job alone, if weights, libraries or settings differ (unless ``force``).
@@ -79,9 +92,15 @@ def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = 
         _clear_leftovers(job)
         with _accountable(job, fresh=False):
             before = job.manifest if begun else None
-            path = _make(job, manifest, clock, before=before, refuse=not force, lanes=lanes)
+            path = _make(job, manifest, clock, before=before, refuse=not force, execution=execution)
     clock.say("completed", "write", str(path))
     return path
+
+
+def follow(ranks: Ranks) -> None:
+    """What every process but the first does: load what that one loads, and compute with it until it is done."""
+    silent = _Clock(lambda event: None)
+    ranks.follow(lambda manifest: _load(manifest, silent))
 
 
 def _make(
@@ -92,13 +111,14 @@ def _make(
     before: Origin | Manifest | None = None,
     preview: bool = False,
     refuse: bool = False,
-    lanes: Lanes = IN_TURN,
+    execution: Execution = Execution(),
 ) -> Path:
     """Load, compare with what was used ``before`` (and ``refuse`` differences), make, publish, remove the job.
 
     ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
     """
-    pipe = _load(manifest, clock)
+    load = partial(_load, manifest, clock)
+    pipe = load() if execution.ranks is None else execution.ranks.lead(manifest, load)
     found = pipe.fingerprint()
     for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
         found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
@@ -108,7 +128,7 @@ def _make(
     for line in changes:
         clock.say("notice", "load", f"not as before: {line}")
     job.replace_manifest(manifest.model_copy(update=found))
-    path = _preview(pipe, job, clock) if preview else _video(pipe, job, clock, lanes)
+    path = _preview(pipe, job, clock) if preview else _video(pipe, job, clock, execution.lanes)
     for line in job.notices:
         clock.say("notice", "write", line)
     if preview:

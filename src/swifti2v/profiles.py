@@ -59,7 +59,7 @@ def budget_of(name: str, free_device: int | None, free_host: int | None) -> Budg
     """The memory that a profile stands for.
 
     ``free_device``: free bytes of the accelerator a run would use, None if there is none (then it is the CPU's).
-    ``free_host``: free bytes of host memory, None where that is not known. "auto" takes what is free; a card's name takes
+    ``free_host``: free bytes of host memory, None where not known. "auto" takes what is free; a card's name takes
     the card, whatever is here; "cpu" this machine's memory. Raises UsageError for an unknown name.
     """
     if name not in NAMES:
