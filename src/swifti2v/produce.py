@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,8 +95,12 @@ def _make(
 
     ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
     """
-    pipe = _load(manifest, clock)
+    from .embeddings import Embeddings
+
+    pipe: Any = _load(manifest, clock)
     found = pipe.fingerprint()
+    if manifest.inputs.cache is not None:
+        pipe.embeddings = Embeddings(Path(manifest.inputs.cache), found, partial(clock.say, "notice", "text"))
     for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
         found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
     changes = list(differences(before, found)) if before is not None else []
@@ -133,6 +138,7 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
     from transformers.utils import logging as transformers_logging
 
     from . import sources
+    from .memory import FastPaths
 
     # Their bars would write over ours.
     diffusers_logging.disable_progress_bar()
@@ -147,6 +153,7 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
             threads=int(settings["threads"]) if "threads" in settings else None,
             loras=[split_lora(text) for text in inputs.loras],
             loras_2=[split_lora(text) for text in inputs.loras_2],
+            fast=FastPaths.from_settings(settings),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UsageError):
