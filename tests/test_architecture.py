@@ -41,6 +41,7 @@ MANY_PARAMETERS = {
     "pipeline.SwiftI2VPipeline.__init__": "diffusers registers components by the names of these arguments",
     "pipeline.SwiftI2VPipeline.__call__": "diffusers' own argument names",
     "presets.resolve": "what a user may say about size and length, all but one by name only",
+    "sources.load": "what the command line may say of weights and machine, by name only",
     "stage_one.motion_latents": "Stage II's refine plus what Stage I is told, most by name only",
     "stage_two.refine": "what the loop needs and what it may be given, most by name only",
     "train.__main__.main": "a parameter is a command-line option",

@@ -60,6 +60,7 @@ class Inputs(BaseModel):
     loras: tuple[str, ...] = ()
     loras_2: tuple[str, ...] = ()
     motion: str | None = None
+    cache: str | None = None
 
 
 class Manifest(BaseModel):
@@ -67,7 +68,7 @@ class Manifest(BaseModel):
 
     ``model``: the preset's name and where its weights come from, in words. ``output``: the name of the
     video, relative to the folder that holds the job. ``model_hashes``: SHA-256 by file, ``versions`` by
-    library, ``settings``: dtype, device, threads, attention backend. The last three are empty until the
+    library, ``settings``: dtype, device, threads, fast paths. The last three are empty until the
     weights are loaded: a job without them holds no latents yet. ``photo_sha256``: of the
     stored fitted photo (``request.image_sha256`` is the user's own file).
     """

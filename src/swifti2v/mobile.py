@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import flow, motion_field, presets
 from .checkpoints import hash_files, read_json
 from .core import Chunk, Request, UsageError
+from .fast_paths import witness
 from .memory import Placement
 from .models.ltx_vae import LTXCodec
 from .models.mobile_dit import MobileTransformer3DModel
@@ -266,9 +267,8 @@ class MobileI2VPipeline(DiffusionPipeline):
             trained_blocks=self.preset.grid.trained_blocks,
             motion_score=self._score(request),
         )
-        sampling = Sampling(
-            levels(request.num_inference_steps, request.shift), request.seed, request.csg, sampler=request.sampler_2
-        )
+        grid, slow = levels(request.num_inference_steps, request.shift), witness(self.transformer, report, "refine")
+        sampling = Sampling(grid, request.seed, request.csg, sampler=request.sampler_2, witness=slow)
         plan, reference = segment_windows(self.preset, request), chain([first], repeat(later))
         yield first[:, :channels]
         yield from saved_segments(velocity, reference, plan, sampling, job, report, channels)

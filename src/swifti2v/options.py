@@ -106,6 +106,16 @@ class Options:
     context_parallel: Annotated[
         int | None, option(RUN, "One clip by N processes (wan, wan-refine), started by torchrun.", metavar="N")
     ] = None
+    attention: Annotated[
+        str, option(RUN, "Attention kernel by diffusers' name (default: auto, tried before use).", metavar="NAME")
+    ] = "auto"
+    quantize: Annotated[
+        str | None, option(RUN, "int8, int8-dynamic, fp8 or fp8-rows: transformers in 8 bits.", metavar="KIND")
+    ] = None
+    compile: Annotated[bool, option(RUN, "Compile the transformers' layers; the first steps wait.", "--compile")] = (
+        False
+    )
+    cache: Annotated[str | None, option(RUN, "Keep embeddings of prompts and photos here.", metavar="FOLDER")] = None
     dry_run: Annotated[bool, option(RUN, "Check everything, print the plan, make nothing.", "--dry-run")] = False
     json: Annotated[bool, option(RUN, "Events as JSON lines on stdout.", "--json")] = False
     quiet: Annotated[bool, option(RUN, "Print nothing but errors.", "--quiet")] = False

@@ -35,6 +35,7 @@ _DIRECT = (
     "negative_prompt", "fps", "num_inference_steps", "num_inference_steps_2", "guidance_scale",
     "guidance_scale_2", "shift", "shift_2", "strength_2", "sampler_2", "encode", "motion_score",
 )  # fmt: skip
+_RESTORED = ("dtype", "device", "threads", "attention", "quantize", "compile")
 _CSG = ("segment_blocks", "neighbor_blocks", "rope_positions", "neighbor_timestep", "neighbor_reference")
 
 
@@ -84,6 +85,7 @@ def prepare(options: Options) -> Order:
         loras=_loras(options.lora),
         loras_2=_loras(options.lora_2),
         motion=None if options.motion is None else str(_path(options.motion).absolute()),
+        cache=_cache(options, preset),
     )
     wanted = _wanted(options.output, Path(options.image).stem, request)
     check_weights(preset, inputs.model)
@@ -91,7 +93,7 @@ def prepare(options: Options) -> Order:
     manifest = Manifest(
         request=request,
         model=described(preset, inputs),
-        settings=_settings(options),
+        settings=_settings(options, preset),
         inputs=inputs,
         output=wanted.name,
         write=write,
@@ -198,7 +200,7 @@ def prepare_again(file: Path, *, image: str | None, output: str | None, model: s
     manifest = Manifest(
         request=request,
         model=described(preset, inputs),
-        settings={name: value for name, value in origin.settings.items() if name in ("dtype", "device", "threads")},
+        settings={name: value for name, value in origin.settings.items() if name in _RESTORED},
         inputs=inputs,
         output=wanted.name,
         write=origin.write,
@@ -298,17 +300,31 @@ def _write_options(options: Options) -> WriteOptions:
     )
 
 
-def _settings(options: Options) -> dict[str, str]:
+def _settings(options: Options, preset: Preset) -> dict[str, str]:
     """What the user asked for; ``fingerprint`` replaces it by what was used."""
-    from .memory import choose_placement
+    from .fast_paths import check_fast_paths
+    from .memory import FastPaths, choose_placement
 
-    choose_placement(options.device, "float32" if options.dtype == "auto" else options.dtype, options.threads)
-    settings = {"dtype": options.dtype}
+    fast = FastPaths(options.attention.lower(), options.quantize, options.compile)
+    check_fast_paths(fast, preset.family, choose_placement(options.device, options.dtype, options.threads))
+    settings = {"dtype": options.dtype, **fast.settings()}
     if options.device is not None:
         settings["device"] = options.device
     if options.threads is not None:
         settings["threads"] = str(options.threads)
     return settings
+
+
+def _cache(options: Options, preset: Preset) -> str | None:
+    """The folder for embeddings, absolutely. It is made when there is something to keep."""
+    if options.cache is None:
+        return None
+    from .embeddings import check_folder
+
+    if not preset.reads_text:
+        raise UsageError(f"--cache: {preset.name} reads no text; leave it out")
+    check_folder(_path(options.cache))
+    return str(_path(options.cache).absolute())
 
 
 def _wanted(output: str | None, stem: str, request: Request) -> Path:

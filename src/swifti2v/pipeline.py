@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from . import flow, presets
 from .camera import Motion
 from .core import Chunk, Request, RunError
+from .embeddings import Embeddings
+from .fast_paths import witness
 from .memory import Placement
 from .models.causal_vae import decode_stream, encode_pairs, encode_stream, streaming
 from .models.text import encode_prompts, truncated_prompt
@@ -84,6 +86,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.register_to_config(preset=preset)
         self.preset = presets.get(preset)
         self.placement: Placement | None = None
+        self.embeddings: Embeddings | None = None
         self.sources: tuple[Path, ...] = ()
         self.video_processor = VideoProcessor(vae_scale_factor=self.preset.grid.stage_two.stride)
 
@@ -207,15 +210,24 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """Text states (1, tokens, d), zero after the prompt's end."""
-        return encode_prompts(self.tokenizer, self.text_encoder, [prompt], self.preset.prompt_tokens)
+        tokens = self.preset.prompt_tokens
+
+        def make() -> Tensor:
+            return encode_prompts(self.tokenizer, self.text_encoder, [prompt], tokens)
+
+        return make() if self.embeddings is None else self.embeddings.text(prompt, tokens, make)
 
     def encode_image(self, photo: Tensor) -> Tensor:
         """CLIP states (1, 257, d) of the photo: the last layer but one, as Wan2.1-I2V was trained."""
-        pixels = ((photo[0, :, 0].permute(1, 2, 0).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
-        inputs = self.image_processor(images=Image.fromarray(pixels), return_tensors="pt")
-        parameter = next(self.image_encoder.parameters())
-        inputs = inputs.to(self._execution_device, parameter.dtype)
-        return self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
+
+        def make() -> Tensor:
+            pixels = ((photo[0, :, 0].permute(1, 2, 0).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+            inputs = self.image_processor(images=Image.fromarray(pixels), return_tensors="pt")
+            parameter = next(self.image_encoder.parameters())
+            inputs = inputs.to(self._execution_device, parameter.dtype)
+            return self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
+
+        return make() if self.embeddings is None else self.embeddings.image(photo, make)
 
     @torch.no_grad()
     def __call__(
@@ -282,6 +294,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             grid.trained_blocks,
             self.preset.overlap_blocks,
             round_timesteps_bf16=request.csg.round_timesteps_bf16,
+            witness=witness(self.transformer, report, "motion"),
         )
         finished = job.motion() if job is not None else []
         total = plan.num_windows * request.num_inference_steps
@@ -315,7 +328,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Stage II, saving every segment before it is decoded: a failure in decode loses nothing."""
         plan = segment_windows(self.preset, request)
         levels = flow.sigmas(request.num_inference_steps_2, request.shift_2, start=request.strength_2)
-        sampling = Sampling(levels, request.seed, request.csg, sampler=request.sampler_2)
+        slow = witness(self.transformer_2, report, "refine")
+        sampling = Sampling(levels, request.seed, request.csg, sampler=request.sampler_2, witness=slow)
         velocity = dit_velocity(
             self.transformer_2,
             told.text,

@@ -117,9 +117,13 @@ def _make(
 
     ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
     """
+    from .embeddings import Embeddings
+
     load = partial(_load, manifest, clock)
-    pipe = load() if execution.ranks is None else execution.ranks.lead(manifest, load)
+    pipe: Any = load() if execution.ranks is None else execution.ranks.lead(manifest, load)
     found = pipe.fingerprint()
+    if manifest.inputs.cache is not None:
+        pipe.embeddings = Embeddings(Path(manifest.inputs.cache), found, partial(clock.say, "notice", "text"))
     for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
         found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
     changes = list(differences(before, found)) if before is not None else []
@@ -157,6 +161,7 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
     from transformers.utils import logging as transformers_logging
 
     from . import sources
+    from .memory import FastPaths
 
     # Their bars would write over ours.
     diffusers_logging.disable_progress_bar()
@@ -171,6 +176,7 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
             threads=int(settings["threads"]) if "threads" in settings else None,
             loras=[split_lora(text) for text in inputs.loras],
             loras_2=[split_lora(text) for text in inputs.loras_2],
+            fast=FastPaths.from_settings(settings),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UsageError):

@@ -1,13 +1,14 @@
 """Transformers in 8 bits by torchao: the Linear layers of the repeated blocks, and nothing else.
 
 Most of a transformer's weights are there; patch embedding, time embedding, norms, modulation and head keep their
-dtype. A kind that the machine cannot run is refused before weights load. Quantized weights cannot be made whole again:
-there is no witness to go back to within a run, only the same run unquantized. This module knows no pipelines.
+dtype. A kind that the machine cannot run is refused before weights load. Weights that have been rounded stay so; the
+witness multiplies those in the run's own dtype. This module knows no pipelines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -103,6 +104,43 @@ def quantize(transformer: nn.Module, kind: str, device: torch.device | None = No
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:
-    """Whether ``quantize`` changes this layer: of a block, and not a LoRA's."""
+    """Whether ``quantize`` changes this layer: of a block, not a LoRA's, and without rows of zeros.
+
+    A row of zeros (an output projection that was never trained) has no scale: torchao's float8 makes NaN of it.
+    """
     parts = name.split(".")
-    return isinstance(module, nn.Linear) and "blocks" in parts and not any(part.startswith("lora_") for part in parts)
+    if not isinstance(module, nn.Linear) or "blocks" not in parts or any(part.startswith("lora_") for part in parts):
+        return False
+    return bool(module.weight.detach().abs().amax(dim=1).gt(0).all())
+
+
+def kind_of(transformer: nn.Module) -> str | None:
+    """The class of a transformer's quantized weights; None for one without any."""
+    return next((type(layer.weight).__name__ for layer in _quantized_layers(transformer)), None)
+
+
+@contextmanager
+def dequantized(transformer: nn.Module) -> Iterator[None]:
+    """Products in the run's dtype while the context lasts, of the rounded weights: unpacked layer by layer."""
+    handles = []
+    for layer in _quantized_layers(transformer):
+        packed = layer.weight
+
+        def unpack(module: Any, given: Any) -> None:
+            module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
+
+        def pack(module: Any, given: Any, result: Any, packed: Any = packed) -> None:
+            module.weight = packed
+
+        handles += [layer.register_forward_pre_hook(unpack), layer.register_forward_hook(pack, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _quantized_layers(transformer: nn.Module) -> Iterator[Any]:
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear) and type(module.weight.data).__module__.startswith("torchao."):
+            yield module

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,9 @@ from torch import nn
 from . import presets
 from .checkpoints import hash_files, some, tensor_names
 from .core import RunError, UsageError
+from .fast_paths import check_fast_paths, chosen, settle
 from .lora import Stage, load_lora
-from .memory import Placement, choose_placement, place
+from .memory import FastPaths, Placement, choose_placement, place
 from .models.camera_head import CameraHead
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
@@ -71,14 +73,17 @@ def load(
     threads: int | None = None,
     loras: Sequence[tuple[str, float]] = (),
     loras_2: Sequence[tuple[str, float]] = (),
+    fast: FastPaths | None = None,
 ) -> SwiftI2VPipeline | MobileI2VPipeline:
     """A pipeline ready to run, placed on ``device`` in ``dtype``, with LoRA files attached to either stage.
 
     ``model``: a folder (or hub repository) in diffusers layout written by the pipeline's ``save_pretrained``; for
     wan-refine also two Wan repositories joined by a comma, for mobile the folders of a converted checkpoint, an LTX VAE
-    and maybe a Turbo decoder. Raises UsageError if there are no weights to load.
+    and maybe a Turbo decoder. ``fast``: the transformers' fast paths. Raises UsageError if there are no weights to load
+    or a fast path is not possible here.
     """
     placement = choose_placement(device, dtype, threads)
+    check_fast_paths(fast or FastPaths(), preset.family, placement)
     self_check_conv3d(str(placement.device))
     if model is None and preset.folder is not None:
         model = preset.name
@@ -90,9 +95,9 @@ def load(
         for stage, files in attached:
             for index, (path, weight) in enumerate(files):
                 load_lora(pipeline, path, adapter_name=f"{stage}_{index}", weight=weight, stage=stage)
-    except UsageError as error:  # whether a file fits is known only here, after the weights
+        place_pipeline(pipeline, placement, fast)
+    except UsageError as error:  # whether a file or a kernel fits is known only here, after the weights
         raise RunError(str(error)) from None
-    place_pipeline(pipeline, placement)
     return pipeline
 
 
@@ -135,9 +140,19 @@ def refuse_gaps(components: Mapping[str, Any], folder: Path) -> None:
             raise RunError(f"{name}/{file.name} has what a {type(module).__name__} does not have: {some(surplus)}")
 
 
-def place_pipeline(pipeline: SwiftI2VPipeline | MobileI2VPipeline, placement: Placement) -> None:
-    """Transformers and VAEs in the placement's dtype (their own float32 parts kept), encoders as loaded."""
-    for name in ("transformer", "transformer_2", "vae", "vae_2", "decoder"):
+def place_pipeline(
+    pipeline: SwiftI2VPipeline | MobileI2VPipeline, placement: Placement, fast: FastPaths | None = None
+) -> None:
+    """Transformers and VAEs in the placement's dtype (their own float32 parts kept), encoders as loaded.
+
+    ``fast``: the transformers' fast paths, set here; what was chosen is in the pipeline's placement.
+    """
+    parts = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    transformers = [part for part in parts if part is not None]
+    placement = dataclasses.replace(placement, fast=chosen(fast or FastPaths(), transformers, placement))
+    for transformer in transformers:
+        settle(transformer, placement)
+    for name in ("vae", "vae_2", "decoder"):
         place(getattr(pipeline, name, None), placement.device, placement.dtype)
     for name in ("text_encoder", "image_encoder", "camera"):
         place(getattr(pipeline, name, None), placement.device)
@@ -172,7 +187,7 @@ def fingerprint(sources: Sequence[Path], placement: Placement | None) -> dict[st
         except PackageNotFoundError:
             versions[library] = "not installed"
     settings = placement.settings() if placement is not None else {}
-    settings["attention"] = _attention_backend()
+    settings.setdefault("attention", _attention_backend())
     return {"model_hashes": hashes, "versions": versions, "settings": settings}
 
 
