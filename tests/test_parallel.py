@@ -82,7 +82,7 @@ def interrupted(ranks: Ranks, folder: Path) -> dict[str, Any]:
         if event.type == "segment" and event.segment == 2:
             raise KeyboardInterrupt
 
-    return lead_or_follow(ranks, lambda: produce.start(order(folder), stop, ranks=ranks))
+    return lead_or_follow(ranks, lambda: produce.start(order(folder), stop, execution=produce.Execution(ranks=ranks)))
 
 
 def resumed(ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -92,7 +92,11 @@ def resumed(ranks: Ranks, folder: Path) -> dict[str, Any]:
         if event.type == "progress" and event.phase in ("motion", "refine"):
             steps.append((event.phase, event.step))
 
-    return lead_or_follow(ranks, lambda: produce.resume(folder / "clip.job", count, ranks=ranks)) | {"steps": steps}
+    return lead_or_follow(ranks, lambda: go_on(folder, count, ranks)) | {"steps": steps}
+
+
+def go_on(folder: Path, emit: Any, ranks: Ranks) -> Path:
+    return produce.resume(folder / "clip.job", emit, execution=produce.Execution(ranks=ranks))
 
 
 def failing(ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def failing(ranks: Ranks, folder: Path) -> dict[str, Any]:
         return pipeline
 
     if ranks.leads:
-        return {"path": str(produce.start(order(folder), lambda event: None, ranks=ranks))}
+        return {"path": str(produce.start(order(folder), lambda event: None, execution=produce.Execution(ranks=ranks)))}
     ranks.follow(load)
     return {}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -117,6 +118,35 @@ def place(module: nn.Module | None, device: torch.device, dtype: torch.dtype | N
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
             parameter.data = parameter.data.to(dtype)
+
+
+def release_cached(device: torch.device | None) -> None:
+    """Give memory that an accelerator's allocator holds for nobody back to it."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def stream_weights(module: nn.Module, device: torch.device, folder: Path | None = None) -> None:
+    """Keep a module's weights in host memory, or in ``folder`` on a disk, and take them to ``device`` layer by layer.
+
+    diffusers' group offloading by leaves; on CUDA the next layer travels while one works.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        module,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        use_stream=device.type == "cuda",
+        low_cpu_mem_usage=folder is not None,
+        offload_to_disk_path=None if folder is None else str(folder),
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of an accelerator; None for a CPU, or where they cannot be asked for."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _device(name: str | None) -> torch.device:

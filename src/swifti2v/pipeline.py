@@ -6,6 +6,7 @@ photo, request -> text -> Stage I motion -> hybrid reference -> CSG segments -> 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .models.causal_vae import decode_stream, encode_pairs, encode_stream, strea
 from .models.text import encode_prompts, truncated_prompt
 from .overlap import IN_TURN, Lanes, Running
 from .reference import carried_reference, hybrid_reference, shrink
+from .residency import Residency
 from .runs import (
     Emit,
     Journal,
@@ -86,6 +88,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.register_to_config(preset=preset)
         self.preset = presets.get(preset)
         self.placement: Placement | None = None
+        self.residency = Residency()
         self.embeddings: Embeddings | None = None
         self.sources: tuple[Path, ...] = ()
         self.video_processor = VideoProcessor(vae_scale_factor=self.preset.grid.stage_two.stride)
@@ -114,6 +117,10 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         pipeline.sources = sources
         return pipeline
 
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.residency.device or super()._execution_device
+
     def fingerprint(self) -> dict[str, dict[str, str]]:
         """``model_hashes``, ``versions`` and ``settings``: with these and the request, latents repeat exactly."""
         return fingerprint(self.sources, self.placement)
@@ -140,7 +147,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         the photo has another size.
         """
         self._check(photo, request)
-        with lanes.running() as running:
+        with self.residency.until_the_end(self), lanes.running() as running:
             yield from self._chunks(photo, request, job, motion, Reporter(emit, running), conditions, running)
 
     def _chunks(
@@ -154,7 +161,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         running: Running,
     ) -> Iterator[Chunk]:
         """``stream``'s line, from right to left: decode what is denoised along what is encoded."""
-        vae = streaming(self.vae_2 if self.vae_2 is not None else self.vae)
+        vae = self.residency.streaming(self.vae_2 if self.vae_2 is not None else self.vae)
         photo = photo.to(self._execution_device, torch.float32)
         plan = segment_windows(self.preset, request)
         report("started", "run", total=len(plan), message=f"{request.num_frames} frames of {request.size}")
@@ -164,6 +171,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             with report.span("text"):
                 told = conditions or self.encode(photo, request, report)
             low = motion if motion is not None else self._decoded_motion(photo, request, told, job, report)
+            self.residency.enter("refine", self)
             if self.preset.carries_detail:
                 reference = encode_pairs(vae, carried_reference(photo, low, request.size))
             else:
@@ -191,7 +199,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Stage I alone: low-resolution pixel chunks (1, 3, t, h, w) in [-1, 1]."""
         report = Reporter(emit)
         photo = photo.to(self._execution_device, torch.float32)
-        yield from self._decoded_motion(photo, request, self.encode(photo, request, report), job, report)
+        with self.residency.until_the_end(self):
+            yield from self._decoded_motion(photo, request, self.encode(photo, request, report), job, report)
 
     def encode(self, photo: Tensor, request: Request, report: Reporter) -> Conditions:
         """Text and image embeddings of a request; a notice if the prompt is too long for the text encoder."""
@@ -213,6 +222,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         tokens = self.preset.prompt_tokens
 
         def make() -> Tensor:
+            self.residency.enter("text", self)
             return encode_prompts(self.tokenizer, self.text_encoder, [prompt], tokens)
 
         return make() if self.embeddings is None else self.embeddings.text(prompt, tokens, make)
@@ -221,6 +231,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """CLIP states (1, 257, d) of the photo: the last layer but one, as Wan2.1-I2V was trained."""
 
         def make() -> Tensor:
+            self.residency.enter("text", self)
             pixels = ((photo[0, :, 0].permute(1, 2, 0).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
             inputs = self.image_processor(images=Image.fromarray(pixels), return_tensors="pt")
             parameter = next(self.image_encoder.parameters())
@@ -283,9 +294,23 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _decoded_motion(
         self, photo: Tensor, request: Request, told: Conditions, job: Journal | None, report: Reporter
     ) -> Iterator[Tensor]:
-        """Stage I, all of it, then decoded lazily; the latents wait in the journal if there is one."""
-        grid, vae = self.preset.grid, streaming(self.vae)
-        small = shrink(photo, grid.motion_size(request.size))
+        """Stage I, all of it, now; the latents wait in the journal if there is one, and are decoded lazily."""
+        vae, small = streaming(self.vae), shrink(photo, self.preset.grid.motion_size(request.size))
+        latents: list[Tensor] = []
+        with report.span("motion"):
+            self._denoised_motion(small, request, told, job or latents, report)
+
+        def few_at_a_time() -> Iterator[Tensor]:
+            for window in latents if job is None else job.stream("motion"):
+                yield from window.split(MOTION_BLOCKS, dim=2)
+
+        return decode_stream(vae, few_at_a_time(), small)
+
+    def _denoised_motion(
+        self, small: Tensor, request: Request, told: Conditions, kept: Journal | list[Tensor], report: Reporter
+    ) -> None:
+        """Stage I's windows into ``kept``; what a journal holds already is not made again, nor its network loaded."""
+        grid, job = self.preset.grid, None if isinstance(kept, list) else kept
         plan = MotionPlan(
             grid.blocks(request.num_frames),
             request.num_inference_steps,
@@ -294,33 +319,28 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             grid.trained_blocks,
             self.preset.overlap_blocks,
             round_timesteps_bf16=request.csg.round_timesteps_bf16,
-            witness=witness(self.transformer, report, "motion"),
         )
         finished = job.motion() if job is not None else []
+        if len(finished) == plan.num_windows:
+            return
+        self.residency.enter("motion", self)
+        plan = replace(plan, witness=witness(self.transformer, report, "motion"))
         total = plan.num_windows * request.num_inference_steps
 
         def on_step(window: int, step: int) -> None:
             done = window * request.num_inference_steps + step
             report("progress", "motion", segment=window + 1, step=done, total=total)
 
-        latents: list[Tensor] = []
-        block = 0
         windows_of_latents = motion_latents(
-            self.transformer, vae, small, told, plan=plan, finished=finished, on_step=on_step
+            self.transformer, streaming(self.vae), small, told, plan=plan, finished=finished, on_step=on_step
         )
-        with report.span("motion"):
-            for number, window in enumerate(windows_of_latents):
-                if job is not None and number >= len(finished):
-                    job.save_motion(number, window, range(block, block + window.shape[2]))
-                block += window.shape[2]
-                if job is None:
-                    latents.append(window)
-
-        def few_at_a_time() -> Iterator[Tensor]:
-            for window in latents if job is None else job.stream("motion"):
-                yield from window.split(MOTION_BLOCKS, dim=2)
-
-        yield from decode_stream(vae, few_at_a_time(), small)
+        block = 0
+        for number, window in enumerate(windows_of_latents):
+            if isinstance(kept, list):
+                kept.append(window)
+            elif number >= len(finished):
+                kept.save_motion(number, window, range(block, block + window.shape[2]))
+            block += window.shape[2]
 
     def _segments(
         self, reference: Iterable[Tensor], request: Request, told: Conditions, job: Journal | None, report: Reporter
