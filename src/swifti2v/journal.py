@@ -61,6 +61,7 @@ class Inputs(BaseModel):
     loras_2: tuple[str, ...] = ()
     motion: str | None = None
     cache: str | None = None
+    arrangement: str | None = None
 
 
 class Manifest(BaseModel):

@@ -97,6 +97,14 @@ class Options:
     dtype: Annotated[str, option(RUN, "auto (default), float32 or bfloat16.", metavar="NAME")] = "auto"
     device: Annotated[str | None, option(RUN, "cpu, cuda, cuda:1, mps (default: the best there is).")] = None
     threads: Annotated[int | None, option(RUN, "CPU threads.")] = None
+    profile: Annotated[
+        str | None,
+        option(
+            RUN,
+            "Fit into auto (what is free), 80gb, 24gb, 16gb, 12gb, 8gb or cpu (wan on a GPU: auto).",
+            metavar="NAME",
+        ),
+    ] = None
     in_turn: Annotated[bool, option(RUN, "One stage at a time: slower, less memory, the same video.", "--in-turn")] = (
         False
     )

@@ -11,13 +11,14 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import media, presets
 from .checkpoints import locate, read_metadata, sha256
 from .core import Request, Size, UsageError
+from .fitting import arrangement_of, planned
 from .journal import Inputs, Manifest, WriteOptions
 from .origin import Origin, described, find_photo, origin_of
 from .presets import Preset
@@ -78,6 +79,9 @@ def prepare(options: Options) -> Order:
     source = media.read_image(options.image)
     request, notices = request_of(options, preset, source.size, source.sha256)
     trace_file(options.trace)
+    way = arrangement_of(options, request, preset)
+    if way is not None:
+        request = request.model_copy(update={"encode": way.encode_when})
     write = _write_options(options)
     inputs = Inputs(
         photo_name=Path(options.image).name,
@@ -86,6 +90,7 @@ def prepare(options: Options) -> Order:
         loras_2=_loras(options.lora_2),
         motion=None if options.motion is None else str(_path(options.motion).absolute()),
         cache=_cache(options, preset),
+        arrangement=None if way is None else way.to_json(),
     )
     wanted = _wanted(options.output, Path(options.image).stem, request)
     check_weights(preset, inputs.model)
@@ -100,7 +105,8 @@ def prepare(options: Options) -> Order:
         keep_job=options.keep_job,
     )
     photo = fit_image(source.pixels, request.size, request.fit)
-    return Order(manifest, photo, wanted, (*source.notes, *notices), options.preview)
+    fitted = () if way is None else (f"memory, {way.source}: {'; '.join(way.ways())}",)
+    return Order(manifest, photo, wanted, (*source.notes, *notices, *fitted), options.preview)
 
 
 def _refuse_second_stage(options: Options, preset: Preset) -> None:
@@ -158,25 +164,8 @@ def plan_of(options: Options) -> Plan:
     preset = presets.get(options.preset)
     size = media.read_image(options.image).size if options.image is not None else None
     request, _ = request_of(options, preset, size)
-    return planned(request, preset, options.model, overlap=not options.in_turn)
-
-
-def planned(request: Request, preset: Preset, model: str | None, *, overlap: bool = True) -> Plan:
-    """What a request costs with these weights on this machine, as ``doctor`` measured it."""
-    from .costs import read_nano
-    from .costs_mobile import read_mobile
-    from .plan import plan, stored_calibration
-
-    networks: Any = None
-    if model is not None and Path(model).is_dir() and preset.family in ("nano", "mobile"):
-        try:
-            if preset.family == "nano":
-                networks = read_nano(Path(model), preset.prompt_tokens)
-            else:
-                networks = read_mobile(Path(model), preset.vae_folder)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UsageError(f"--model {Path(model).name} has an unusable config.json: {error}") from None
-    return plan(request, preset, stored_calibration(), networks=networks, overlap=overlap)
+    way = arrangement_of(options, request, preset)
+    return replace(planned(request, preset, options.model, overlap=not options.in_turn), arrangement=way)
 
 
 @_at_the_door()

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from . import costs
 from .calibration import Calibration, calibrate, stored_calibration
@@ -21,6 +21,9 @@ from .plan_text import cells, duration, line, scaled
 from .segments import Window, motion_windows, windows
 
 __all__ = ["Calibration", "Plan", "Row", "calibrate", "plan", "stored_calibration"]
+
+if TYPE_CHECKING:
+    from .arrangement import Arrangement
 
 Phase = Literal["text", "image", "motion", "motion decode", "reference", "refine", "decode", "write"]
 
@@ -91,6 +94,7 @@ class Plan:
     job_bytes: int
     file_bytes: int
     calibrated: bool
+    arrangement: Arrangement | None = None
 
     @property
     def flops(self) -> int:
@@ -135,7 +139,7 @@ class Plan:
                 "as measured by doctor" if self.calibrated else "by a reference machine; run doctor to measure yours"
             )
             text.append(f"time: about {duration(self.seconds)} ({basis})")
-        return text
+        return text + (self.arrangement.lines() if self.arrangement is not None else [])
 
 
 def plan(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from . import media, presets
+from .arrangement import Arrangement
 from .checkpoints import sha256
 from .core import Chunk, Event, RunError, UsageError
 from .journal import Job, Manifest
@@ -160,15 +161,16 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from . import sources
+    from . import parts, sources
     from .memory import FastPaths
 
     # Their bars would write over ours.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    settings, inputs = manifest.settings, manifest.inputs
+    settings, inputs, way = manifest.settings, manifest.inputs, arrangement(manifest)
+    load: Any = sources.load if way is None else partial(parts.load, arrangement=way)
     try:
-        return sources.load(
+        return load(
             presets.get(manifest.request.preset),
             model=inputs.model,
             device=settings.get("device"),
@@ -185,12 +187,24 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
         raise RunError(f"cannot load the model ({manifest.model}): {reason}") from error
 
 
+def arrangement(manifest: Manifest) -> Arrangement | None:
+    """How the job is made to fit, if it is. UsageError for what another version wrote."""
+    if manifest.inputs.arrangement is None:
+        return None
+    try:
+        return Arrangement.from_json(manifest.inputs.arrangement)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"the job's arrangement cannot be read ({error}); start the clip anew") from None
+
+
 def _video(pipe: Pipeline, job: Job, clock: _Clock, lanes: Lanes) -> Path:
     manifest, request = job.manifest, job.manifest.request
     target = job.folder.parent / manifest.output
     if os.path.lexists(target):
         target = media.unique_path(target)
     low = _motion_pixels(pipe, manifest)
+    way = arrangement(manifest)
+    lanes = lanes if way is None or way.overlap else dataclasses.replace(lanes, overlap=False)
     stream = pipe.stream(job.photo(), request, job=job, motion=low, emit=clock.forward, lanes=lanes)
     frames = _frames(stream, lanes.trace)
     if target.suffix.lower() not in VIDEO_SUFFIXES:

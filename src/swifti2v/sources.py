@@ -47,6 +47,7 @@ COMPONENTS = (CameraHead, MobileTransformer3DModel, NanoVAE, SwiftI2VTransformer
 WEIGHTS = tuple(
     f"{stem}.safetensors{index}" for stem in ("diffusion_pytorch_model", "model") for index in (".index.json", "")
 )
+WAN_COMPONENTS = ("transformer", "vae", "tokenizer", "text_encoder", "image_processor", "image_encoder")
 LIBRARIES = ("swifti2v", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
 
 
@@ -117,8 +118,7 @@ def _two_stages(preset: Preset, model: str | None, placement: Placement) -> Swif
     if model is not None and "," not in model:
         return SwiftI2VPipeline.from_pretrained(model)
     if preset.family == "wan-refine":
-        one, two = model.split(",", 1) if model is not None else (preset.stage_one, preset.stage_two)
-        return SwiftI2VPipeline.from_wan(one, two, preset=preset.name, torch_dtype=placement.dtype)
+        return SwiftI2VPipeline.from_wan(*wan_folders(preset, model), preset=preset.name, torch_dtype=placement.dtype)
     raise UsageError(f"preset {preset.name!r} has no public weights; {_help_for(preset)}")
 
 
@@ -197,28 +197,42 @@ def _attention_backend() -> str:
     return str(_AttentionBackendRegistry.get_active_backend()[0].value)
 
 
+def wan_folders(preset: Preset, model: str | None) -> tuple[Path, Path]:
+    """The folders of two public Wan checkpoints: ``model``'s two, joined by a comma, or the preset's own."""
+    one, two = model.split(",", 1) if model is not None else (preset.stage_one, preset.stage_two)
+    return local_folder(one), local_folder(two)
+
+
+def wan_component(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """One component of a Wan image-to-video pipeline; None if the folder does not have it. RunError if it has gaps."""
+    if not (folder / name).is_dir():
+        return None
+    part = _read_wan(folder, name, dtype)
+    refuse_gaps({name: part}, folder)
+    return part
+
+
+def _read_wan(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    if name == "transformer":
+        return WanTransformer3DModel.from_pretrained(folder, subfolder=name, torch_dtype=dtype)
+    if name == "vae":
+        return AutoencoderKLWan.from_pretrained(folder, subfolder=name, torch_dtype=torch.float32)
+    from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    if name == "text_encoder":
+        return UMT5EncoderModel.from_pretrained(folder / name, dtype=dtype)
+    if name == "image_encoder":
+        return CLIPVisionModel.from_pretrained(folder / name, dtype=torch.float32)
+    return {"tokenizer": AutoTokenizer, "image_processor": CLIPImageProcessorPil}[name].from_pretrained(folder / name)
+
+
 def _wan_components(source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, DiffusionPipeline):
         return dict(source.components)
-    folder = local_folder(str(source))
-    dtype = kwargs.get("torch_dtype", torch.bfloat16)
-    found: dict[str, Any] = {
-        "transformer": WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype),
-        "vae": AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32),
-    }
-    if (folder / "text_encoder").is_dir():
-        from transformers import AutoTokenizer, UMT5EncoderModel
-
-        found["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        found["text_encoder"] = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-    if (folder / "image_encoder").is_dir():
-        from transformers import CLIPVisionModel
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        found["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
-        found["image_encoder"] = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32)
-    refuse_gaps(found, folder)
-    return found
+    folder, dtype = local_folder(str(source)), kwargs.get("torch_dtype", torch.bfloat16)
+    found = {name: wan_component(folder, name, dtype) for name in WAN_COMPONENTS}
+    return {name: part for name, part in found.items() if part is not None}
 
 
 def _help_for(preset: Preset) -> str:
