@@ -129,14 +129,10 @@ def check(job: Job, cut: Cut | None, verb: str) -> None:
 
 
 FULL, HD, SMALL = (88, 160), (68, 120), (45, 81)  # 2560x1408, 1920x1088, and odd counts
-DECODES = [None, Cut(2, 4, 2), Cut(2, 4, 2, True)]
+DECODES = [None, Cut(1, 2, 2), Cut(2, 4, 2, True)]
 MORE_DECODES = [
-    Cut(2, 4, 1, True),
-    Cut(2, 8, 1, True),
-    Cut(4, 8, 1, True),
-    Cut(1, 3, 3),
-    Cut(1, 3, 3, True),
-    Cut(2, 3, 1),
+    *(Cut(2, 4, 2), Cut(1, 3, 3), Cut(2, 3, 1)),
+    *(Cut(2, 4, 1, True), Cut(2, 8, 1, True), Cut(4, 8, 1, True), Cut(1, 3, 3, True)),
 ]
 ENCODES = [None, Cut(2, 4, 2), Cut(2, 2, 1, True)]
 MORE_ENCODES = [Cut(1, 2, 1), Cut(4, 8, 2, True), Cut(2, 4, 3), Cut(4, 8, 3, True)]
@@ -152,10 +148,9 @@ def test_encoding_at_full_size_is_what_meters_count(cut: Cut | None) -> None:
     check(Job(WAN22_SHAPE, *FULL, blocks=1), cut, "encode")
 
 
-@pytest.mark.parametrize("shape", [WAN21_SHAPE, WAN22_SHAPE], ids=["2.1", "2.2"])
-@pytest.mark.parametrize("size", [HD, SMALL])
+@pytest.mark.parametrize(("shape", "size"), [(WAN21_SHAPE, HD), (WAN22_SHAPE, HD), (WAN22_SHAPE, SMALL)])
 def test_other_sizes_and_the_other_family(shape: WanVAEShape, size: tuple[int, int]) -> None:
-    check(Job(shape, *size, blocks=2), Cut(1, 2, 2, True), "decode")
+    check(Job(shape, *size, blocks=1), Cut(1, 2, 2, True), "decode")
     check(Job(shape, *size, blocks=2), Cut(2, 2, 2), "encode")
 
 
