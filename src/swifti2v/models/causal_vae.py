@@ -65,7 +65,8 @@ class WanStreamingVAE:
     ``tiles`` = (rows, columns): decode the last layers tile by tile with a halo, exactly (tiled_decoder.py), for
     less memory; None decodes whole. ``split``: how many up-blocks run whole before the tiles. ``encoder_tiles``,
     ``encoder_split``: the same for the encoder's first levels (tiled_encoder.py), of which ``encoder_split`` are tiled.
-    ``cache_device``: where the caches of waiting tiles are parked; None leaves them where they are.
+    ``cache_device``: where what waits for its tile is parked (caches, what the decoder's front gave); None: nowhere.
+    ``costs_tiles`` knows what each arrangement takes.
     """
 
     def __init__(
