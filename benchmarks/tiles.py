@@ -1,6 +1,6 @@
 """Does the exactly tiled VAE give the same pixels for less memory?
 
-    python benchmarks/tiles.py --record                  # Wan2.2's VAE with an eighth of its channels, 768x768, float32
+    python benchmarks/tiles.py --record                  # Wan2.2's VAE with an eighth of its channels, 640x640, float32
     python benchmarks/tiles.py --size 1024x1024 --tiles 2x3
     python benchmarks/tiles.py --tiny                    # seconds
 
@@ -34,13 +34,13 @@ SPLIT = 2  # the decoder's last two levels in tiles, the encoder's first two
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--size", help="default: 768x768; tiny: 96x64")
+    parser.add_argument("--size", help="default: 640x640; tiny: 96x64")
     parser.add_argument("--base", type=int, help="channels of the encoder's first level, 160 in Wan2.2 (default: 20)")
     parser.add_argument("--tiles", default="2x2", help="ROWSxCOLUMNS")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = common.parsed(parser, arguments)
     asked.base = asked.base or (8 if asked.tiny else 20)
-    size = Size.parse(asked.size or ("96x64" if asked.tiny else "768x768"))
+    size = Size.parse(asked.size or ("96x64" if asked.tiny else "640x640"))
     if asked.child:
         for told in json.loads(asked.child):
             measured(asked, size, **told)
