@@ -88,9 +88,8 @@ def counted(job: Job, cut: Cut | None, verb: str) -> dict[str, float]:
     """The third call of a stream on the meta device: what a plan says, counted."""
     how: dict[str, Any] = {}
     if cut is not None:
-        keys = ("tiles", "split") if verb == "decode" else ("encoder_tiles", "encoder_split")
-        how = dict(zip(keys, ((cut.rows, cut.columns), cut.split), strict=True))
-        how["cache_device"] = "cpu" if cut.parked else None
+        how = {"tiles": (cut.rows, cut.columns), "split": cut.split, "cache_device": "cpu" if cut.parked else None}
+        how = how if verb == "decode" else {f"encoder_{name}": value for name, value in how.items()}
     stream = WanStreamingVAE(VAES[job.shape], **how)
     stride = stream.spatial_stride
     state: Any = None

@@ -42,7 +42,7 @@ def same(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 def test_tiled_equals_untiled(vae: AutoencoderKLWan, tiles: tuple[int, int], split: int) -> None:
     x = pixels(vae)
     expected = encoded(WanStreamingVAE(vae), x)
-    tiled = WanStreamingVAE(vae, encoder_tiles=tiles, encoder_split=split, cache_device="cpu")
+    tiled = WanStreamingVAE(vae, encoder_tiles=tiles, encoder_split=split, encoder_cache_device="cpu")
     found = encoded(tiled, x, (1, 3, 8))
     assert found.shape == expected.shape and same(found, expected, vae.dtype)
 
