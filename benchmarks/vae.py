@@ -71,7 +71,7 @@ def variants(machine: gpu.Machine, vae: Any, asked: argparse.Namespace) -> dict[
         ),
         "tiled": lambda: WanStreamingVAE(vae, tiles=(rows, columns), encoder_tiles=(rows, columns)),
         "tiled_parked": lambda: WanStreamingVAE(
-            vae, tiles=(rows, columns), encoder_tiles=(rows, columns), cache_device="cpu"
+            vae, (rows, columns), cache_device="cpu", encoder_tiles=(rows, columns), encoder_cache_device="cpu"
         ),
     }
     wanted = {"plain", *(asked.only or makers)}

@@ -303,7 +303,7 @@ def python(script: str) -> str:
 def test_light_modules_stay_light() -> None:
     """What ``--help``, ``plan`` and a mistyped option need is there without torch."""
     light = ["cli", "core", "segments", "machine", "presets", "costs", "costs_nano", "calibration", "plan", "progress"]
-    light += ["costs_mobile", "options", "plan_mobile"]
+    light += ["costs_mobile", "costs_wan_vae", "costs_tiles", "options", "plan_mobile"]
     assert not any("torch" in foreign for foreign in map(foreign_imports, ("core", "segments", "presets", "machine")))
     heavy = "{'torch', 'diffusers', 'transformers', 'av', 'PIL', 'numpy'}"
     script = f"import sys\nfrom swifti2v import {', '.join(light)}\nprint({heavy} & set(sys.modules))"

@@ -113,3 +113,14 @@ def test_mobile_steps(script: ModuleType, weights: Path, capsys: pytest.CaptureF
     # The twin's network has random weights: every seed's noise goes through almost as it came.
     assert 0.5 < results["2 steps"]["spread"]["all"] < 1.6
     assert results["2 steps"]["psnr_to_first"]["all"] == 99 > results["1 step"]["psnr_to_first"]["all"]
+
+
+@pytest.mark.parametrize("script", ["tiles"], indirect=True)
+def test_tiles(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(script, weights, capsys)
+    for verb in ("encode", "decode"):
+        row = line["results"][verb]
+        assert row["max_difference"] <= 1e-5 * row["largest"]
+        for run in (row["whole"], row["tiled"]):
+            # Peaks are of the clip's first blocks and of all that came out, too: at toy size that shows.
+            assert run["live_mb"] == pytest.approx(run["planned_mb"], rel=0.15)

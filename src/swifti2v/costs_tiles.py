@@ -155,14 +155,14 @@ class _Tile:
     seen: int
 
 
-_Prices = dict[tuple[int, int, int], _Tile]  # of tiles by split, height and width
+_Prices = dict[tuple[int, bool, int, int], _Tile]  # of tiles by split, parked, height and width
 
 
 def _tiles(cut: Cut, frame: Map, halo: int, price: Callable[[int, int], _Tile], known: _Prices) -> list[_Tile]:
     """Every tile of a frame, priced by its height and width; those of a size once."""
     found = []
     for _, y, x in grid(frame.height, frame.width, cut.rows, cut.columns, halo):
-        key = cut.split, y.length, x.length
+        key = cut.split, cut.parked, y.length, x.length
         if key not in known:
             known[key] = price(y.length, x.length)
         found.append(known[key])
@@ -190,7 +190,7 @@ def decode_plan(job: Job, cut: Cut, known: _Prices | None = None) -> DecodePlan:
 
     def price(height: int, width: int) -> _Tile:
         seen = Map(front.out.channels, front.out.frames, height, width)
-        return _Tile(decoder_tail(shape, seen, cut.split, size), seen.elements * size)
+        return _Tile(decoder_tail(shape, seen, cut.split, size, owned=cut.parked), seen.elements * size)
 
     tiles = _tiles(cut, front.out, decoder_halo(shape, cut.split), price, {} if known is None else known)
     caches, features = sum(tile.part.cache for tile in tiles), job.blocks * front.out_bytes
@@ -198,7 +198,7 @@ def decode_plan(job: Job, cut: Cut, known: _Prices | None = None) -> DecodePlan:
     copies = (2 if shape.patch > 1 else 1) * pixels  # patches are put in their places in a second tensor
     traffic = 2 * caches + features + job.blocks * sum(tile.seen for tile in tiles)
     if cut.parked:
-        largest = max(tile.part.peak + tile.part.cache + tile.seen for tile in tiles)
+        largest = max(tile.part.peak + tile.part.cache for tile in tiles)
         peak, waiting, host = max(front.peak, pixels + largest, copies), 0, caches + features
     else:
         largest = features + max(tile.part.peak for tile in tiles)

@@ -325,11 +325,15 @@ def decoder_front(shape: WanVAEShape, height: int, width: int, split: int, items
     return _part(run, _up(run, shape, middle(run, x), range(split), owned=True))
 
 
-def decoder_tail(shape: WanVAEShape, x: Map, split: int, itemsize: int) -> Part:
-    """The up-blocks from ``split`` on, and the head, of a tile of the front's result."""
+def decoder_tail(shape: WanVAEShape, x: Map, split: int, itemsize: int, owned: bool = False) -> Part:
+    """The up-blocks from ``split`` on, and the head, of a tile of the front's result.
+
+    ``owned``: the tile is a copy of its own, which counts and goes when it is done with; else a view.
+    """
     run = DryRun(itemsize)
-    y = _up(run, shape, x, range(split, shape.levels), owned=False)
-    return _part(run, head(run, y, shape.channels, owned=split < shape.levels))
+    run.take(run.bytes(x) if owned else 0)
+    y = _up(run, shape, x, range(split, shape.levels), owned)
+    return _part(run, head(run, y, shape.channels, owned or split < shape.levels))
 
 
 def encoder_head(shape: WanVAEShape, x: Map, split: int, itemsize: int) -> Part:

@@ -63,9 +63,9 @@ class WanStreamingVAE:
     """``AutoencoderKLWan`` (Wan2.1 and Wan2.2) as a ``StreamingVAE``. Holds the VAE, no state of any stream.
 
     ``tiles`` = (rows, columns): decode the last layers tile by tile with a halo, exactly (tiled_decoder.py), for
-    less memory; None decodes whole. ``split``: how many up-blocks run whole before the tiles. ``encoder_tiles``,
-    ``encoder_split``: the same for the encoder's first levels (tiled_encoder.py), of which ``encoder_split`` are tiled.
-    ``cache_device``: where the caches of waiting tiles are parked; None leaves them where they are.
+    less memory; None decodes whole. ``split``: how many up-blocks run whole before the tiles. ``cache_device``: where
+    what waits for its tile is parked (caches, what the front gave); None: it stays. ``encoder_*``: the same for the
+    encoder's first ``encoder_split`` levels (tiled_encoder.py). ``costs_tiles`` knows what each arrangement takes.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class WanStreamingVAE:
         cache_device: torch.device | str | None = None,
         encoder_tiles: tuple[int, int] | None = None,
         encoder_split: int = 1,
+        encoder_cache_device: torch.device | str | None = None,
     ) -> None:
         config: Any = vae.config
         self.vae: Any = vae
@@ -89,7 +90,7 @@ class WanStreamingVAE:
             self.tiling = Tiling.of(vae.decoder, *tiles, split=split, cache_device=cache_device)
         if encoder_tiles is not None:
             self.encoder_tiling = EncoderTiling.of(
-                vae.encoder, *encoder_tiles, split=encoder_split, cache_device=cache_device
+                vae.encoder, *encoder_tiles, split=encoder_split, cache_device=encoder_cache_device
             )
 
     @torch.no_grad()
