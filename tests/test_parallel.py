@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from diffusers import ContextParallelConfig
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -72,7 +75,24 @@ def make_clips(ranks: Ranks, folder: Path) -> dict[str, Any]:
         assert pipeline.transformer_2._parallel_config is None
         if ranks.leads and family == "wan-refine":  # as it was before
             assert torch.equal(clip(pipeline, family), clip(tiny_pipeline(family), family))
-    return {"calls": calls}
+    return {"calls": calls, "as_diffusers": split_as_diffusers(ranks)}
+
+
+def split_as_diffusers(ranks: Ranks) -> bool:
+    """Whether a split model has the hooks that ``enable_parallelism`` gives it, and computes the same."""
+    torch.accelerator.device_count = lambda: WORLD  # type: ignore[assignment]  # theirs divides by it: 0 on a CPU
+    theirs, ours = tiny_pipeline("wan").transformer_2, tiny_pipeline("wan").transformer_2
+    theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
+    x, text = torch.randn(1, 8, 4, 4, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 512, 16)
+    call = {"hidden_states": x, "timestep": torch.full((1, 4), 500.0), "encoder_hidden_states": text}
+
+    def hooks(model: Any) -> dict[str, list[str]]:
+        return {n: list(m._diffusers_hook.hooks) for n, m in model.named_modules() if hasattr(m, "_diffusers_hook")}
+
+    with parallel._split(ours, ranks.config), torch.no_grad():
+        same = hooks(ours) == hooks(theirs) and len(hooks(ours)) == 4
+        same &= all(module._parallel_config is not None for module in (ours, ours.blocks[0].attn1.processor))
+        return same and torch.equal(ours(**call, return_dict=False)[0], theirs(**call, return_dict=False)[0])
 
 
 def interrupted(ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -142,6 +162,16 @@ def odd_tokens(ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {}
 
 
+def silent(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """The second process stops answering, but does not end."""
+    pipeline = tiny_pipeline("wan")
+    with enable_context_parallel(pipeline, ranks) if ranks.leads else nullcontext():
+        if ranks.leads:
+            clip(pipeline, "wan")
+        time.sleep(10)
+    return {}
+
+
 def too_many(ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {}
 
@@ -151,8 +181,9 @@ def work(rank: int, port: int, folder: Path, job: Callable[[Ranks, Path], dict[s
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     place["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as under torchrun, whose store outlives the processes
     os.environ.update({key: str(value) for key, value in place.items()})
+    timeout = timedelta(seconds=5) if job is silent else parallel.TIMEOUT
     try:
-        with joined(count, device="cpu") as ranks:
+        with joined(count, device="cpu", timeout=timeout) as ranks:
             record = job(ranks, folder)
     except (RuntimeError, ValueError, MemoryError, KeyboardInterrupt) as error:
         record = {"error": type(error).__name__, "message": str(error)}
@@ -189,6 +220,7 @@ def test_two_processes_make_the_clip_of_one(tmp_path: Path) -> None:
         assert float((alone - clip(tiny_pipeline(family), family, csg=other_positions(family))).abs().max()) > 5 * CLOSE
         assert second["calls"][family][0] > 0 and second["calls"][family][1] > 0, "the second process had nothing to do"
     assert "error" not in first | second
+    assert first["as_diffusers"] and second["as_diffusers"]
 
 
 def other_positions(family: str) -> dict[str, Any]:
@@ -254,6 +286,12 @@ def test_other_weights_and_odd_tokens_are_refused(tmp_path: Path) -> None:
     first, second = together(odd_tokens, tmp_path)
     assert first["error"] == "UsageError" and "does not divide the 3 tokens" in first["message"]
     assert second["error"] == "Ended" and "does not divide the 3 tokens" in second["message"]
+
+
+@pytest.mark.slow  # it waits
+def test_a_process_that_does_not_answer_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    first, _ = together(silent, tmp_path)
+    assert first == {"error": "Ended", "message": "another of 2 processes does not answer (killed? stopped?)"}
 
 
 def test_the_number_of_processes_is_that_of_torchrun(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ class Ranks:
         if word is None and not lost:
             return None
         self.over = True
-        return Ended(word or f"another of {self.size} processes has gone without a word (was it killed?)")
+        return Ended(word or f"another of {self.size} processes does not answer (killed? stopped?)")
 
 
 @contextmanager
