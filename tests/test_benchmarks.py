@@ -115,7 +115,6 @@ def test_mobile_steps(script: ModuleType, weights: Path, capsys: pytest.CaptureF
     assert results["2 steps"]["psnr_to_first"]["all"] == 99 > results["1 step"]["psnr_to_first"]["all"]
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("script", ["tiles"], indirect=True)
 def test_tiles(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = line_of(script, weights, capsys)
@@ -125,7 +124,6 @@ def test_tiles(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[
         for run in (row["whole"], row["tiled"]):
             # Peaks are of the clip's first blocks and of all that came out, too: at toy size that shows.
             assert run["live_mb"] == pytest.approx(run["planned_mb"], rel=0.15)
-=======
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["context_parallel"], indirect=True)
 def test_context_parallel(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,4 +135,3 @@ def test_context_parallel(script: ModuleType, tmp_path: Path, capsys: pytest.Cap
     assert ways[script.PLAIN]["max_latent_difference"] == 0
     assert ways[script.SHARED]["max_latent_difference"] < 1e-5 and ways[script.SHARED]["max_pixel_difference"] <= 1
     assert all(row["seconds"] > row["step_seconds"] > 0 for row in ways.values())
->>>>>>> w-cp

@@ -50,14 +50,14 @@ class Residency:
         way = self.arrangement
         if way is None or way.decode is None or way.encode is None or not isinstance(vae, AutoencoderKLWan):
             return streaming(vae)
-        parked = "cpu" if way.decode.parked or way.encode.parked else None
         return WanStreamingVAE(
             vae,
             tiles=way.decode.tiles,
             split=way.decode.split,
-            cache_device=parked,
+            cache_device="cpu" if way.decode.parked else None,
             encoder_tiles=way.encode.tiles,
             encoder_split=way.encode.split,
+            encoder_cache_device="cpu" if way.encode.parked else None,
         )
 
 
