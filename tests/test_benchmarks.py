@@ -124,6 +124,8 @@ def test_tiles(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[
         for run in (row["whole"], row["tiled"]):
             # Peaks are of the clip's first blocks and of all that came out, too: at toy size that shows.
             assert run["live_mb"] == pytest.approx(run["planned_mb"], rel=0.15)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["context_parallel"], indirect=True)
 def test_context_parallel(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,3 +137,16 @@ def test_context_parallel(script: ModuleType, tmp_path: Path, capsys: pytest.Cap
     assert ways[script.PLAIN]["max_latent_difference"] == 0
     assert ways[script.SHARED]["max_latent_difference"] < 1e-5 and ways[script.SHARED]["max_pixel_difference"] <= 1
     assert all(row["seconds"] > row["step_seconds"] > 0 for row in ways.values())
+
+
+@pytest.mark.parametrize("script", ["overlap"], indirect=True)
+def test_overlap(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = line_of(script, weights, capsys, "--steps", "1")["results"]
+    assert results["equal"] and results["ratio"] > 0 and results["memory_ratio"] > 0.5
+    assert {"denoise", "decode", "write"} <= results["runs"]["at once"][0]["own_seconds"].keys()
+
+
+@pytest.mark.parametrize("script", ["modulation"], indirect=True)
+def test_modulation(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = line_of(script, weights, capsys)["results"]
+    assert results["max_difference"] < 1e-5 and results["seconds_ratio"] > 0 and results["memory_ratio"] > 0

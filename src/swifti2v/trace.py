@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,10 @@ class Span:
     lane: str
     start: float
     seconds: float
+
+    @property
+    def end(self) -> float:
+        return self.start + self.seconds
 
 
 class Trace:
@@ -61,16 +65,6 @@ class Trace:
             yield held.pop()  # bears no name here: it may be large, and the next is about to be made
             number += 1
 
-    def own_seconds(self) -> dict[str, float]:
-        """Seconds by the first word of a span's name, what its inner spans took not counted."""
-        totals: dict[str, float] = {}
-        for span in self._spans:
-            inside = [s for s in self._spans if s.lane == span.lane and s is not span and _within(s, span)]
-            direct = [s for s in inside if not any(_within(s, t) for t in inside if t is not s)]
-            word = span.name.split()[0]
-            totals[word] = totals.get(word, 0.0) + span.seconds - sum(s.seconds for s in direct)
-        return totals
-
     def write(self, path: Path) -> None:
         """One JSON object, times in microseconds, a row for every lane; the file appears whole or not at all."""
         lanes = list(dict.fromkeys(span.lane for span in sorted(self._spans, key=lambda span: span.start)))
@@ -87,12 +81,24 @@ class Trace:
         os.replace(made, path)
 
 
+def own_seconds(spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds by the first word of a span's name, what its inner spans took not counted."""
+    totals: dict[str, float] = {}
+    for lane in {span.lane for span in spans}:
+        open_spans: list[Span] = []
+        for span in sorted((s for s in spans if s.lane == lane), key=lambda s: (s.start, -s.seconds)):
+            while open_spans and open_spans[-1].end < span.end:
+                open_spans.pop()
+            word = span.name.split()[0]
+            totals[word] = totals.get(word, 0.0) + span.seconds
+            if open_spans:
+                totals[open_spans[-1].name.split()[0]] -= span.seconds
+            open_spans.append(span)
+    return totals
+
+
 def _up_to_one(items: Iterator[Item]) -> Iterator[Item]:
     """The next item, if there is one."""
     for item in items:
         yield item
         return
-
-
-def _within(inner: Span, outer: Span) -> bool:
-    return outer.start <= inner.start and inner.start + inner.seconds <= outer.start + outer.seconds
