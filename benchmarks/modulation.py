@@ -3,9 +3,9 @@
     python benchmarks/modulation.py --record          # nano's Stage II, one window of 2560x1408: 17,600 tokens
     python benchmarks/modulation.py --tiny
 
-The same network twice in one run, in turn: as it is, and with every token's level embedded and modulated by itself. Peak
-bytes of live tensors (``meters.LiveBytes``), seconds (the best of the rounds), and the largest difference between the
-two velocities, relative to the largest value. ``stage_two.py --part modulation`` asks the same of Wan's, on a GPU.
+The same network twice in one run, in turn: as it is, and with every token's level embedded and modulated by itself.
+Peak bytes of live tensors (``meters.LiveBytes``), seconds (the best of the rounds), and the largest difference between
+the two velocities, relative to the largest value. ``stage_two.py --part modulation`` asks the same of Wan's, on a GPU.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python benchmarks/overlap.py --tiny                          # seconds
 
 The real command line in fresh processes, ``--in-turn`` and not, in turn, round after round; the best round of each
-counts. ``ratio`` is in turn over at once (above 1: at once is faster). ``own_seconds`` are of the stages' own work, from
-``--trace``, which both write: their sum over the seconds of denoising to writing is how many worked at once on average.
+counts. ``ratio`` is in turn over at once (above 1: at once is faster). ``own_seconds`` are of the stages' own work,
+from ``--trace``, which both write: their sum over ``stages_seconds`` is how many worked at once on average.
 ``equal``: the files are the same bytes. Seconds are of the whole process.
 """
 
