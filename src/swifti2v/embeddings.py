@@ -157,7 +157,8 @@ def _read(path: Path) -> Tensor:
         states, metadata = file.get_tensor("states"), file.metadata() or {}
     if metadata.get("sha256") != _digest(states):
         raise ValueError("its checksum differs")
-    return states
+    # A copy, aligned as torch aligns what it computes: kernels round numbers in a mapped file otherwise.
+    return states.clone()
 
 
 def _write(path: Path, states: Tensor) -> None:

@@ -84,7 +84,9 @@ class Running:
             thread.shutdown(wait=True, cancel_futures=True)
 
     def _ahead(self, name: str, items: Iterator[Tensor], device: torch.device | None) -> Iterator[Tensor]:
-        thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_named, initargs=(name,))
+        thread = ThreadPoolExecutor(
+            1, thread_name_prefix=name, initializer=_begin, initargs=(name, torch.get_num_threads())
+        )
         self._threads.append(thread)
         make = _Maker(items, torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None)
         coming: Future[list[_Made]] = thread.submit(make)
@@ -129,5 +131,8 @@ class _Made:
         return self.item
 
 
-def _named(name: str) -> None:
+def _begin(name: str, threads: int) -> None:
+    """What a thread of ours begins with. torch's number of threads is each thread's own, and holds for matrix products
+    only once something else has set it: by default a thread's first product is cut otherwise, and rounds otherwise."""
     threading.current_thread().name = name
+    torch.set_num_threads(threads)
