@@ -64,6 +64,8 @@ def _nearest(planner: Planner, budget: Budget, layer_bytes: float | None) -> str
             break
     cards = [] if budget.on_cpu else sorted(PROFILES.values(), key=lambda profile: profile.device_gib)
     words += [f"this size fits {card.name}" for card in cards if fits(planner, card.budget())][:1]
+    if layer_bytes is not None and Pricing(planner, budget.on_cpu).cheapest(budget) is not None:
+        words.append("it fits without --quantize, its layers streamed")
     return " and ".join(words) or "no smaller size fits either"
 
 
