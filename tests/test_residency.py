@@ -158,3 +158,13 @@ def test_untrained_stage_two_is_refused_before_it_is_loaded(tmp_path: Path) -> N
 def _tidy() -> Iterator[None]:
     yield
     gc.collect()
+
+
+def test_the_vaes_may_have_a_device_of_their_own(saved: Path) -> None:
+    """On a CPU both are the same; what can be seen is that tensors go through the transformers' hooks."""
+    photo, request = asked()
+    plain = sources.load(presets.get("tiny-wan"), model=str(saved), dtype="float32")
+    apart: Any = sources.load(presets.get("tiny-wan"), model=str(saved), dtype="float32", vae_device="cpu")
+    assert all(part._hf_hook.io_same_device for part in (apart.transformer, apart.transformer_2))
+    assert apart.fingerprint()["settings"]["vae_device"] == "cpu"
+    assert torch.equal(made(apart, photo, request, lanes=Lanes(True)), made(plain, photo, request))

@@ -36,7 +36,8 @@ def arrangement_of(options: Options, request: Request, preset: Preset) -> Arrang
     Raises UsageError if it fits in no way, or for an unknown profile.
     """
     name = options.profile
-    if name is None and not (preset.family in ("wan", "wan-refine") and _on_gpu(options.device)):
+    unfitted = options.vae_device is not None or preset.family not in ("wan", "wan-refine")
+    if name is None and (unfitted or not _on_gpu(options.device)):
         return None
     name = (name or "auto").lower()
     if name in PROFILES or name not in NAMES:

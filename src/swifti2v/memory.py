@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ class Placement:
     """Device, dtype of the transformers and VAEs, and CPU threads of one run, with the reason for the dtype.
 
     ``fast``: what the transformers were set to; None for those that know no fast paths. ``ranks``: processes that split
-    the transformers between them (``parallel``).
+    the transformers between them (``parallel``). ``vae_device``: where the VAEs are, if apart from the transformers.
     """
 
     device: torch.device
@@ -59,9 +59,11 @@ class Placement:
     reason: str
     fast: FastPaths | None = None
     ranks: int = 1
+    vae_device: torch.device | None = None
 
     def settings(self) -> dict[str, str]:
         shared = {"context_parallel": str(self.ranks)} if self.ranks > 1 else {}
+        shared |= {"vae_device": str(self.vae_device)} if self.vae_device is not None else {}
         fast = {} if self.fast is None else self.fast.settings()
         return fast | {
             "device": str(self.device),
@@ -72,11 +74,18 @@ class Placement:
         }
 
 
-def choose_placement(device: str | None = None, dtype: str = "auto", threads: int | None = None) -> Placement:
+def choose_placement(
+    device: str | None = None, dtype: str = "auto", threads: int | None = None, vae_device: str | None = None
+) -> Placement:
     """Check and complete the user's choice. Sets the process's thread count if ``threads`` is given.
 
     Raises ``UsageError`` for a device that is not there, an unknown dtype, or a bad thread count.
     """
+    chosen = _placement(device, dtype, threads)
+    return chosen if vae_device is None else replace(chosen, vae_device=_device(vae_device))
+
+
+def _placement(device: str | None, dtype: str, threads: int | None) -> Placement:
     place = _device(device)
     if threads is not None:
         if not 1 <= threads <= MAX_THREADS:
@@ -118,6 +127,13 @@ def place(module: nn.Module | None, device: torch.device, dtype: torch.dtype | N
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
             parameter.data = parameter.data.to(dtype)
+
+
+def align(module: nn.Module, device: torch.device) -> None:
+    """Let a module on ``device`` take tensors from any other one, and give back where the first of them came from."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(module, AlignDevicesHook(execution_device=device, io_same_device=True))
 
 
 def release_cached(device: torch.device | None) -> None:

@@ -96,6 +96,9 @@ class Options:
 
     dtype: Annotated[str, option(RUN, "auto (default), float32 or bfloat16.", metavar="NAME")] = "auto"
     device: Annotated[str | None, option(RUN, "cpu, cuda, cuda:1, mps (default: the best there is).")] = None
+    vae_device: Annotated[
+        str | None, option(RUN, "The VAEs on a device of their own, e.g. cuda:1.", metavar="DEVICE")
+    ] = None
     threads: Annotated[int | None, option(RUN, "CPU threads.")] = None
     profile: Annotated[
         str | None,

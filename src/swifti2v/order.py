@@ -36,7 +36,7 @@ _DIRECT = (
     "negative_prompt", "fps", "num_inference_steps", "num_inference_steps_2", "guidance_scale",
     "guidance_scale_2", "shift", "shift_2", "strength_2", "sampler_2", "encode", "motion_score",
 )  # fmt: skip
-_RESTORED = ("dtype", "device", "threads", "attention", "quantize", "compile")
+_RESTORED = ("dtype", "device", "vae_device", "threads", "attention", "quantize", "compile")
 _CSG = ("segment_blocks", "neighbor_blocks", "rope_positions", "neighbor_timestep", "neighbor_reference")
 
 
@@ -295,13 +295,14 @@ def _settings(options: Options, preset: Preset) -> dict[str, str]:
     from .memory import FastPaths, choose_placement
 
     fast = FastPaths(options.attention.lower(), options.quantize, options.compile)
-    check_fast_paths(fast, preset.family, choose_placement(options.device, options.dtype, options.threads))
-    settings = {"dtype": options.dtype, **fast.settings()}
-    if options.device is not None:
-        settings["device"] = options.device
-    if options.threads is not None:
-        settings["threads"] = str(options.threads)
-    return settings
+    placement = choose_placement(options.device, options.dtype, options.threads, options.vae_device)
+    check_fast_paths(fast, preset.family, placement)
+    if options.vae_device is not None and (preset.stages == 1 or options.profile is not None):
+        reason = f"{preset.name} has one stage" if preset.stages == 1 else "a profile fits a single device"
+        raise UsageError(f"--vae-device {options.vae_device}: {reason}; leave it out")
+    asked = {"device": options.device, "vae_device": options.vae_device, "threads": options.threads}
+    given = {name: str(value) for name, value in asked.items() if value is not None}
+    return {"dtype": options.dtype, **fast.settings(), **given}
 
 
 def _cache(options: Options, preset: Preset) -> str | None:

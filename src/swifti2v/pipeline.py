@@ -119,7 +119,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @property
     def _execution_device(self) -> torch.device:
-        return self.residency.device or super()._execution_device
+        apart = self.placement.vae_device if self.placement is not None else None
+        return apart or self.residency.device or super()._execution_device
 
     def fingerprint(self) -> dict[str, dict[str, str]]:
         """``model_hashes``, ``versions`` and ``settings``: with these and the request, latents repeat exactly."""
@@ -235,7 +236,7 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             pixels = ((photo[0, :, 0].permute(1, 2, 0).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
             inputs = self.image_processor(images=Image.fromarray(pixels), return_tensors="pt")
             parameter = next(self.image_encoder.parameters())
-            inputs = inputs.to(self._execution_device, parameter.dtype)
+            inputs = inputs.to(parameter.device, parameter.dtype)
             return self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
 
         return make() if self.embeddings is None else self.embeddings.image(photo, make)

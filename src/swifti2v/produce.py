@@ -176,6 +176,7 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
             device=settings.get("device"),
             dtype=settings.get("dtype", "auto"),
             threads=int(settings["threads"]) if "threads" in settings else None,
+            **({"vae_device": settings["vae_device"]} if "vae_device" in settings else {}),
             loras=[split_lora(text) for text in inputs.loras],
             loras_2=[split_lora(text) for text in inputs.loras_2],
             fast=FastPaths.from_settings(settings),

@@ -29,7 +29,7 @@ from .checkpoints import hash_files, some, tensor_names
 from .core import RunError, UsageError
 from .fast_paths import check_fast_paths, chosen, settle
 from .lora import Stage, load_lora
-from .memory import FastPaths, Placement, choose_placement, place
+from .memory import FastPaths, Placement, align, choose_placement, place
 from .models.camera_head import CameraHead
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
@@ -72,6 +72,7 @@ def load(
     device: str | None = None,
     dtype: str = "auto",
     threads: int | None = None,
+    vae_device: str | None = None,
     loras: Sequence[tuple[str, float]] = (),
     loras_2: Sequence[tuple[str, float]] = (),
     fast: FastPaths | None = None,
@@ -80,10 +81,11 @@ def load(
 
     ``model``: a folder (or hub repository) in diffusers layout written by the pipeline's ``save_pretrained``; for
     wan-refine also two Wan repositories joined by a comma, for mobile the folders of a converted checkpoint, an LTX VAE
-    and maybe a Turbo decoder. ``fast``: the transformers' fast paths. Raises UsageError if there are no weights to load
+    and maybe a Turbo decoder. ``vae_device``: the VAEs apart from the transformers, on a second GPU (never run on one).
+    ``fast``: the transformers' fast paths. Raises UsageError if there are no weights to load
     or a fast path is not possible here.
     """
-    placement = choose_placement(device, dtype, threads)
+    placement = choose_placement(device, dtype, threads, vae_device)
     check_fast_paths(fast or FastPaths(), preset.family, placement)
     self_check_conv3d(str(placement.device))
     if model is None and preset.folder is not None:
@@ -152,8 +154,10 @@ def place_pipeline(
     placement = dataclasses.replace(placement, fast=chosen(fast or FastPaths(), transformers, placement))
     for transformer in transformers:
         settle(transformer, placement)
+        if placement.vae_device is not None:
+            align(transformer, placement.device)
     for name in ("vae", "vae_2", "decoder"):
-        place(getattr(pipeline, name, None), placement.device, placement.dtype)
+        place(getattr(pipeline, name, None), placement.vae_device or placement.device, placement.dtype)
     for name in ("text_encoder", "image_encoder", "camera"):
         place(getattr(pipeline, name, None), placement.device)
     pipeline.placement = placement
