@@ -6,8 +6,9 @@
 
 Encode and decode of 9 frames, whole and in tiles, each in a fresh process with the same random weights, on the CPU.
 ``equal`` and ``max_difference``: of what both give. ``live_mb``: tensors alive at once; ``rss_mb``: what the system
-charged the process above what it held before, blocks over 1 MB given back at once; ``planned_mb``: the closed form of ``costs_tiles``, without the clip
-itself. ``ratio``: tiled over whole; ``planned_flops``: what halos should add. 1 MB is 10^6 bytes.
+charged the process above what it held before, blocks over 1 MB given back at once; ``planned_mb``: the closed form of
+``costs_tiles``, without the clip itself. ``ratio``: tiled over whole; ``planned_flops``: what halos should add.
+1 MB is 10^6 bytes.
 """
 
 from __future__ import annotations
