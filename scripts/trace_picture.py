@@ -1,6 +1,6 @@
 """Traces of ``generate --trace`` as one picture: a row for every lane, all traces on the same scale of seconds.
 
-python scripts/trace_picture.py docs/pictures/overlap.svg in_turn.json at_once.json
+python scripts/trace_picture.py docs/pictures/overlap.png in_turn.json at_once.json
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-WIDTH, LEFT, ROW, GAP = 1000, 110, 26, 40
+from PIL import Image, ImageDraw, ImageFont
+
+WIDTH, LEFT, ROW, HEAD = 1400, 140, 30, 34
 COLORS = {
     "text": "#8c6bb1",
     "motion": "#d6604d",
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("traces", type=Path, nargs="+")
     asked = parser.parse_args(arguments)
     traces = {path.stem.replace("_", " "): bars(path) for path in asked.traces}
-    asked.picture.write_text(drawn(traces))
+    drawn(traces).save(asked.picture, optimize=True)
     print(asked.picture)
 
 
@@ -52,36 +53,38 @@ def bars(path: Path) -> list[Bar]:
     return [Bar(lanes[e["tid"]], e["name"], (e["ts"] - begin) / 1e6, e["dur"] / 1e6) for e in spans]
 
 
-def drawn(traces: dict[str, list[Bar]]) -> str:
+def drawn(traces: dict[str, list[Bar]]) -> Image.Image:
     longest = max(bar.start + bar.seconds for found in traces.values() for bar in found)
-    scale, top, parts = (WIDTH - LEFT - 10) / longest, 8, []
+    rows = {title: lanes_of(found) for title, found in traces.items()}
+    picture = Image.new("RGB", (WIDTH, sum(HEAD + ROW * len(lanes) for lanes in rows.values()) + HEAD), "white")
+    draw, font, top = ImageDraw.Draw(picture), ImageFont.load_default(size=15), 0
     for title, found in traces.items():
-        lanes = sorted({bar.lane for bar in found}, key=lambda lane: ORDER.index(lane) if lane in ORDER else len(ORDER))
         end = max(bar.start + bar.seconds for bar in found)
-        parts.append(f'<text x="4" y="{top + 12}" font-weight="bold">{escape(title)}: {end:.1f} s</text>')
-        for number, lane in enumerate(lanes):
-            y = top + 20 + number * ROW
-            parts.append(f'<text x="4" y="{y + 16}">{escape("main" if lane == "MainThread" else lane)}</text>')
-            parts += [drawn_bar(bar, y, scale) for bar in found if bar.lane == lane]
-        top += 20 + len(lanes) * ROW + GAP // 2
-    top += 6
+        draw.text((4, top + 10), f"{title}: {end:.1f} s", "black", font)
+        for number, lane in enumerate(rows[title]):
+            y = top + HEAD + number * ROW
+            draw.text((14, y + 3), "all but writing" if lane == "MainThread" else lane, "black", font)
+            for bar in found:
+                if bar.lane == lane:
+                    draw_bar(draw, bar, y, (WIDTH - LEFT - 10) / longest)
+        top += HEAD + ROW * len(rows[title])
     for number, (word, color) in enumerate(COLORS.items()):
-        x = LEFT + number * 120
-        label = f"{word}ing" if word == "wait" else word
-        parts.append(f'<rect x="{x}" y="{top}" width="14" height="14" fill="{color}" stroke="#999"/>')
-        parts.append(f'<text x="{x + 20}" y="{top + 12}">{label}</text>')
-    frame = f'viewBox="0 0 {WIDTH} {top + 24}" font-family="sans-serif" font-size="13"'
-    ground = f'<rect width="{WIDTH}" height="{top + 24}" fill="white"/>'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {frame}>', ground, *parts, "</svg>"]) + "\n"
+        x = LEFT + number * 130
+        draw.rectangle((x, top + 10, x + 14, top + 24), color, "#777777")
+        draw.text((x + 20, top + 8), f"{word}ing" if word == "wait" else word, "black", font)
+    return picture
 
 
-def drawn_bar(bar: Bar, y: int, scale: float) -> str:
+def lanes_of(found: Sequence[Bar]) -> list[str]:
+    """Lanes that do more than wait."""
+    working = {bar.lane for bar in found if not bar.name.startswith("wait")}
+    return sorted(working, key=lambda lane: ORDER.index(lane) if lane in ORDER else len(ORDER))
+
+
+def draw_bar(draw: ImageDraw.ImageDraw, bar: Bar, y: int, scale: float) -> None:
+    x = LEFT + bar.start * scale
     color = COLORS.get(bar.name.split()[0], "#cccccc")
-    x, width = LEFT + bar.start * scale, max(bar.seconds * scale, 0.5)
-    shape = (
-        f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 6}" fill="{color}" stroke="#777" stroke-width="0.4"'
-    )
-    return f"<rect {shape}><title>{escape(bar.name)}, {bar.seconds:.2f} s</title></rect>"
+    draw.rectangle((x, y, x + max(bar.seconds * scale, 1), y + ROW - 8), color, "#777777")
 
 
 if __name__ == "__main__":
