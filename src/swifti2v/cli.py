@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 import typer
 from typer.core import TyperGroup
 
-from .options import FILE, Options, option
+from .options import FILE, RUN, Options, option
 
 if TYPE_CHECKING:
     from .progress import Mode
@@ -115,6 +115,43 @@ def resume(
         from . import produce
 
         _run(lambda emit: produce.resume(Path(job), emit, model=model, force=force), _mode(json, quiet))
+
+
+@app.command()
+def batch(
+    jobs: Annotated[str, typer.Argument(metavar="JOBS.jsonl", help="One JSON object a line: options of generate.")],
+    engine: Annotated[str, option(RUN, "local (default) or ray.", metavar="NAME")] = "local",
+    workers: Annotated[int | None, option(RUN, "How many (default: one for each GPU, else one).")] = None,
+    devices: Annotated[str | None, option(RUN, "One worker for each, e.g. cuda:0,cuda:1.", metavar="NAMES")] = None,
+    stage_workers: Annotated[str | None, option(RUN, "A make stage I, B the rest.", metavar="A,B")] = None,
+    address: Annotated[
+        str | None, option(RUN, "Of a Ray cluster (default: this machine).", metavar="HOST:PORT")
+    ] = None,
+    attempts: Annotated[int, option(RUN, "Give a clip up after so many in a row that added nothing (4).")] = 4,
+    model: Model = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make many videos: one a line of a jobs file; run again, it goes on where it was."""
+    with reported(debug):
+        from .batch.command import Asked, run
+        from .core import Event
+        from .progress import json_line, view
+
+        asked = Asked(jobs, engine, workers, devices, stage_workers, address, model, attempts)
+        with view("quiet" if quiet else "plain") as show:
+
+            def told(event: Event) -> None:
+                if json:
+                    json_line(event)
+                elif event.phase == "run" and event.type in ("notice", "completed", "failed"):
+                    show(event)
+
+            tally = run(asked, told)
+        if not json:
+            print(f"{len(tally.made)} made, {len(tally.failed)} failed")
+        sys.exit(1 if tally.failed else 0)
 
 
 @app.command()

@@ -6,16 +6,17 @@ so that a failure at any time leaves either nothing or a job to resume. Prints n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Pipeline = SwiftI2VPipeline | MobileI2VPipeline
 
 Emit = Callable[[Event], None]
+Until = Literal["video", "preview", "motion"]
 VIDEO_SUFFIXES = (".mp4", ".m4v")
 _UNCOMPARED = ("dtype_reason",)  # holds measured speeds
 
@@ -43,9 +45,37 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a line that says how to go on."""
 
 
-def start(order: Order, emit: Emit) -> Path:
-    """Make the video of an order; returns the path of the file (of the preview, if that was asked for)."""
+class Unfinished(RunError):
+    """A failure that leaves a job, with a line that says how to go on; its cause is what happened."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A pipeline, and what it was ``found`` to be when it was loaded: weights, versions and settings."""
+
+    pipe: Pipeline
+    found: dict[str, dict[str, str]]
+
+
+def load(manifest: Manifest, clock: _Clock) -> Loaded:
+    """What makes the videos of ``manifest``, loaded and named. Raises UsageError or RunError, one line."""
+    pipe = _load(manifest, clock)
+    found = pipe.fingerprint()
+    for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
+        found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
+    return Loaded(pipe, found)
+
+
+def start(order: Order, emit: Emit, *, load: Loader = load, until: Until = "video", exact: bool = False) -> Path:
+    """Make the video of an order; returns the path of the file (of the preview, if that was asked for).
+
+    ``load``: who has the pipeline (one that is kept, maybe). ``until`` motion: Stage I alone, into the job, whose
+    folder is returned. ``exact``: refuse a name that is taken instead of numbering it.
+    """
     target = media.unique_path(order.wanted)
+    if exact and target != order.wanted:
+        media.release(target)
+        raise UsageError(f"{order.wanted} is taken by another run; choose another output")
     try:
         manifest = order.manifest.model_copy(update={"output": target.name})
         job = Job.create(target.with_name(f"{target.stem}.job"), manifest, order.photo)
@@ -56,14 +86,24 @@ def start(order: Order, emit: Emit) -> Path:
     with job, _accountable(job, fresh=True):
         for line in order.notices:
             clock.say("notice", "image", line)
-        path = _make(job, job.manifest, clock, preview=order.preview, before=order.before)
+        until = "preview" if order.preview else until
+        path = _make(job, job.manifest, clock, load, until=until, before=order.before)
     clock.say("completed", "write", str(path))
     return path
 
 
-def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = False) -> Path:
+def resume(
+    folder: Path,
+    emit: Emit,
+    *,
+    model: str | None = None,
+    force: bool = False,
+    load: Loader = load,
+    until: Until = "video",
+) -> Path:
     """Continue an interrupted job under the settings it began with; ``model``: where its weights are now.
 
+    ``load`` and ``until`` as for ``start``.
     Raises UsageError, and leaves the job alone, if weights, libraries or settings differ (unless ``force``).
     """
     clock = _Clock(emit)
@@ -76,7 +116,8 @@ def resume(folder: Path, emit: Emit, *, model: str | None = None, force: bool = 
         check_recorded(manifest.request, manifest.write, manifest.inputs)
         _clear_leftovers(job)
         with _accountable(job, fresh=False):
-            path = _make(job, manifest, clock, before=job.manifest if begun else None, refuse=not force)
+            before = job.manifest if begun else None
+            path = _make(job, manifest, clock, load, until=until, before=before, refuse=not force)
     clock.say("completed", "write", str(path))
     return path
 
@@ -85,29 +126,30 @@ def _make(
     job: Job,
     manifest: Manifest,
     clock: _Clock,
+    load: Loader,
     *,
+    until: Until,
     before: Origin | Manifest | None = None,
-    preview: bool = False,
     refuse: bool = False,
 ) -> Path:
     """Load, compare with what was used ``before`` (and ``refuse`` differences), make, publish, remove the job.
 
     ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
     """
-    pipe = _load(manifest, clock)
-    found = pipe.fingerprint()
-    for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
-        found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
-    changes = list(differences(before, found)) if before is not None else []
+    loaded = load(manifest, clock)
+    pipe = loaded.pipe
+    changes = list(differences(before, loaded.found)) if before is not None else []
     if changes and refuse:
         raise UsageError(f"this is not what the job began with: {'; '.join(changes)}; use --force to go on regardless")
     for line in changes:
         clock.say("notice", "load", f"not as before: {line}")
-    job.replace_manifest(manifest.model_copy(update=found))
-    path = _preview(pipe, job, clock) if preview else _video(pipe, job, clock)
+    job.replace_manifest(manifest.model_copy(update=loaded.found))
+    if until == "motion":
+        return _motion_alone(pipe, job, clock)
+    path = _preview(pipe, job, clock) if until == "preview" else _video(pipe, job, clock)
     for line in job.notices:
         clock.say("notice", "write", line)
-    if preview:
+    if until == "preview":
         clock.say("notice", "write", f"to make the video: swifti2v resume {_shown(job.folder)}")
     elif not job.manifest.keep_job:
         job.remove()
@@ -196,6 +238,14 @@ def _preview(pipe: Any, job: Job, clock: _Clock) -> Path:
     return small
 
 
+def _motion_alone(pipe: Any, job: Job, clock: _Clock) -> Path:
+    """Stage I into the job and nothing else: all its windows are kept before the first pixels are decoded."""
+    if pipe.preset.stages == 2 and job.manifest.inputs.motion is None:
+        with contextlib.closing(pipe.motion(job.photo(), job.manifest.request, job=job, emit=clock.forward)) as frames:
+            next(frames, None)
+    return job.folder
+
+
 def _motion_pixels(pipe: Pipeline, manifest: Manifest) -> Iterator[Tensor] | None:
     path, request = manifest.inputs.motion, manifest.request
     if path is None:
@@ -204,7 +254,7 @@ def _motion_pixels(pipe: Pipeline, manifest: Manifest) -> Iterator[Tensor] | Non
     return islice(frames, request.num_frames)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _accountable(job: Job, *, fresh: bool) -> Iterator[None]:
     """After a failure of a ``fresh`` job with nothing in it nothing is left; else the error says how to go on."""
     try:
@@ -217,7 +267,7 @@ def _accountable(job: Job, *, fresh: bool) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {hint}") from error
         if isinstance(error, (OSError, MemoryError, RuntimeError)):
-            raise RunError(f"{str(error) or type(error).__name__}; {hint}") from error
+            raise Unfinished(f"{str(error) or type(error).__name__}; {hint}") from error
         raise
 
 
@@ -249,6 +299,9 @@ class _Clock:
 
     def say(self, type: Any, phase: str, message: str) -> None:
         self._emit(Event(type, phase, seconds=round(time.monotonic() - self._begin, 3), message=message))
+
+
+Loader = Callable[[Manifest, _Clock], Loaded]
 
 
 def _shown(path: Path) -> str:
