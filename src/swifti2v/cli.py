@@ -11,7 +11,7 @@ import inspect
 import json as json_text
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
@@ -139,16 +139,18 @@ def batch(
         from .core import Event
         from .progress import json_line, view
 
-        asked = Asked(jobs, engine, workers, devices, stage_workers, address, model, attempts)
+        asked, out = Asked(jobs, engine, workers, devices, stage_workers, address, model, attempts), sys.stdout
         with view("quiet" if quiet else "plain") as show:
 
             def told(event: Event) -> None:
                 if json:
-                    json_line(event)
+                    with redirect_stdout(out):
+                        json_line(event)
                 elif event.phase == "run" and event.type in ("notice", "completed", "failed"):
                     show(event)
 
-            tally = run(asked, told)
+            with redirect_stdout(sys.stderr):  # Ray prints of dead workers
+                tally = run(asked, told)
         if not json:
             print(f"{len(tally.made)} made, {len(tally.failed)} failed")
         sys.exit(1 if tally.failed else 0)

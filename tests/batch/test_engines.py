@@ -22,7 +22,8 @@ from swifti2v.batch.words import LineEvent
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: a busy machine would starve its workers
     return furnish(tmp_path)
 
 
