@@ -168,11 +168,13 @@ def test_two_runs_at_once_are_refused(here: Path) -> None:
 
 
 def test_places() -> None:
-    two = Capacity(cpus=8, gpus=0)
+    two = Capacity(cpus=8, gpus=0, cpus_each=8)
     assert [(p.device, p.threads, p.stage) for p in places_of(Asked("j", workers=2), two)] == [("cpu", 4, "whole")] * 2
     staged = places_of(Asked("j", stage_workers="1,2"), two)
     assert [(p.stage, p.threads) for p in staged] == [("motion", 2), ("rest", 2), ("rest", 2)]
-    gpus = Capacity(cpus=8, gpus=4)
+    gpus = Capacity(cpus=8, gpus=4, cpus_each=8)
+    cluster = Capacity(cpus=24, gpus=0, cpus_each=4)
+    assert [p.threads for p in places_of(Asked("j", engine="ray", workers=3), cluster)] == [4, 4, 4]
     assert [p.device for p in places_of(Asked("j"), gpus)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
     assert [p.device for p in places_of(Asked("j", engine="ray"), gpus)] == ["cuda"] * 4
     assert [p.device for p in places_of(Asked("j", devices="cpu"), gpus)] == ["cpu"]

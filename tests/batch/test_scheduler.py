@@ -31,7 +31,7 @@ class Script:
         self.log: list[str] = []
 
     def capacity(self) -> Capacity:
-        return Capacity(1, 0)
+        return Capacity(1, 0, 1)
 
     def start(self, place: Place) -> None:
         self.log.append(f"start {place.number}")
@@ -124,6 +124,15 @@ def test_stages_are_handed_on_and_back(here: Path) -> None:
     assert [text for text in script.log if " 1 #" in text] == [
         "0: motion 1 #1", "1: rest 1 #2 ours", "0: motion 1 #3 ours", "1: rest 1 #4 ours",
     ]  # fmt: skip
+
+
+def test_a_clip_without_a_stage_of_its_own_goes_to_the_second_kind(here: Path) -> None:
+    state, (clip,) = clips(here, "single", 1)
+    script = Script(lambda _, task: Outcome("made"))
+    with state:
+        single = dataclasses.replace(clip, staged=False)
+        schedule([single], [Place(0, "motion"), Place(1, "rest")], script, state, lambda event: None, 4)
+    assert script.log[2:] == ["1: rest 1 #1"]
 
 
 # --- one task -----------------------------------------------------------------------------------------------------

@@ -76,8 +76,11 @@ def run(asked: Asked, emit: Emit) -> Tally:
         if not batch.clips:
             return Tally(batch.there, {})
         with _engine(asked) as engine:
-            places = places_of(asked, engine.capacity())
-            tally = schedule(batch.clips, _needed(places, batch), engine, state, emit, asked.attempts)
+            places = _needed(places_of(asked, engine.capacity()), batch)
+            try:
+                tally = schedule(batch.clips, places, engine, state, emit, asked.attempts)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("interrupted; run the same command again to go on") from None
     return Tally(tuple(sorted((*batch.there, *tally.made))), tally.failed)
 
 
@@ -109,7 +112,7 @@ def places_of(asked: Asked, there: Capacity) -> list[Place]:
     if count > len(devices):
         raise UsageError(f"{count} workers are more than the {len(devices)} devices; ask for {len(devices)}")
     first = stages[0] if stages is not None else 0
-    threads = max(1, there.cpus // count)
+    threads = max(1, min(there.cpus // count, there.cpus_each))
     kinds = ["whole" if stages is None else "motion" if number < first else "rest" for number in range(count)]
     return [
         Place(number, kind, device, threads)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ class LocalEngine:
     def capacity(self) -> Capacity:
         import torch
 
-        return Capacity(torch.get_num_threads(), torch.cuda.device_count())
+        return Capacity(torch.get_num_threads(), torch.cuda.device_count(), torch.get_num_threads())
 
     def start(self, place: Place) -> None:
         ours, theirs = self._context.Pipe()
@@ -116,4 +116,5 @@ def serve(pipe: Connection, place: Place) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
     raise KeyboardInterrupt

@@ -69,8 +69,11 @@ class RayEngine:
         self._awaited: dict[Any, int] = {}
 
     def capacity(self) -> Capacity:
+        """All machines together; a worker fits the smallest of them, so that none is left waiting for a larger one."""
         there = self._ray.cluster_resources()
-        return Capacity(int(there.get("CPU", 1)), int(there.get("GPU", 0)))
+        machines = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
+        smallest = min((cpus for cpus in machines if cpus > 0), default=1)
+        return Capacity(int(there.get("CPU", 1)), int(there.get("GPU", 0)), smallest)
 
     def start(self, place: Place) -> None:
         gpus = 1 if (place.device or "").startswith("cuda") else 0
@@ -93,8 +96,9 @@ class RayEngine:
                 yield from self._words(promise, worker)
             except self._ray.exceptions.RayError as error:
                 self.stop(worker)  # it may be half alive
-                reason = " ".join(str(error).split())
-                yield Heard(worker, Lost(reason if len(reason) <= 200 else f"{reason[:197]}..."))
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                died = isinstance(error, self._ray.exceptions.RayActorError)
+                yield Heard(worker, Lost(lines[0 if died else -1][:200]))
 
     def stop(self, worker: int) -> None:
         self._awaited = {promise: number for promise, number in self._awaited.items() if number != worker}

@@ -107,10 +107,11 @@ Emit = Callable[[LineEvent], None]
 
 @dataclass(frozen=True)
 class Capacity:
-    """CPU threads and GPUs that an engine can give to workers."""
+    """CPU threads and GPUs that an engine can give to workers; ``cpus_each``: the most that one worker can have."""
 
     cpus: int
     gpus: int
+    cpus_each: int
 
 
 class Engine(Protocol):
