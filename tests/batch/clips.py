@@ -92,7 +92,8 @@ class Killer:
         if denoised(event) is None or self.left == 0:
             return
         self._wait -= 1
-        if self._wait > 0 or (event.phase == "refine" and event.step > 0.8 * event.total):
+        late = event.phase == "refine" and event.step > 0.6 * event.total
+        if self._wait > 0 or late or not alive(event.pid):  # what it said before it was killed comes later
             return
         time.sleep(self._random.uniform(0, 0.02))
         os.kill(event.pid, signal.SIGKILL)
