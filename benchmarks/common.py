@@ -79,13 +79,15 @@ def generate(
     arguments: Sequence[str],
     watch: Callable[[float, Sequence[TimedEvent], Path], None] | None = None,
     name: str = "clip.mp4",
+    launcher: Sequence[str] = (),
 ) -> CliRun:
     """Run ``python -m swifti2v generate`` with ``arguments`` in ``folder`` to its end; RuntimeError if it fails.
 
+    ``launcher``: what stands before ``-m swifti2v`` (torchrun and its options).
     ``watch(seconds, events so far, the part file)`` is called about ten times a second while it runs.
     """
     output = folder / name
-    command = [sys.executable, "-m", "swifti2v", "generate", *arguments, "--output", name, "--json"]
+    command = [sys.executable, *launcher, "-m", "swifti2v", "generate", *arguments, "--output", name, "--json"]
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryFile("w+") as errors:
         begin = time.monotonic()

@@ -4,7 +4,7 @@
     python benchmarks/vae.py --tiny                      # seconds, on a CPU too
 
 Variants, each beside the plain path in the same run: ``channels_last_3d``, compiled region by region (the blocks of
-encoder and decoder), both, decoded in exact halo tiles (``tiled``), and these with their caches on the host
+encoder and decoder), both, in exact halo tiles (``tiled``), and these with their caches on the host
 (``tiled_parked``). Seconds, GiB above the weights (the frames, which stay on the device, among them), the share of the
 floor (counted FLOPs at the rate of a matrix product in this run), and the largest difference from the plain path's
 result, relative to its largest value. Random weights.
@@ -21,10 +21,11 @@ from typing import Any
 import common
 import gpu
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swifti2v.core import Size
 from swifti2v.models.causal_vae import StreamingVAE, WanStreamingVAE, decode_stream, encode_stream
+from swifti2v.models.vae_layout import channels_last, compiled
 
 CHUNK_BLOCKS = 3  # decoded together, as the pipeline does with a segment
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vae", choices=("wan2.1", "wan2.2"), default="wan2.2")
     parser.add_argument("--size", help="default: 2560x1408; tiny: 64x64")
     parser.add_argument("--num-frames", type=int, help="default: 17; tiny: 5")
-    parser.add_argument("--tiles", default="2x4", help="ROWSxCOLUMNS of the tiled decoder")
+    parser.add_argument("--tiles", default="2x4", help="ROWSxCOLUMNS of the tiled encoder and decoder")
     parser.add_argument("--rounds", type=int, help="how often each is timed (default: 3; tiny: 1)")
     parser.add_argument("--only", nargs="+", help="these variants; to compile takes minutes")
     asked = common.parsed(parser, arguments)
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with gpu.many_graphs():
         chosen = variants(machine, vae, asked)
         pixels = machine.random(1, 3, frames, size.height, size.width).clamp_(-1, 1)
-        encoders = {name: encoding(stream, pixels) for name, stream in chosen.items() if "tiled" not in name}
+        encoders = {name: encoding(stream, pixels) for name, stream in chosen.items()}
         results = {"encode": gpu.beside_plain(machine, encoders, rounds, rate)}
         del pixels
         latents = list(gpu.latent_blocks(machine, vae.config.z_dim, (frames + 3) // 4, latent_size(vae, size)))
@@ -63,32 +64,20 @@ def variants(machine: gpu.Machine, vae: Any, asked: argparse.Namespace) -> dict[
     rows, columns = map(int, asked.tiles.split("x"))
     makers: dict[str, Callable[[], StreamingVAE]] = {
         "plain": lambda: WanStreamingVAE(vae),
-        "channels_last_3d": lambda: WanStreamingVAE(channels_last(vae)),
+        "channels_last_3d": lambda: WanStreamingVAE(channels_last(copy.deepcopy(vae))),
         "compiled": lambda: WanStreamingVAE(compiled(copy.deepcopy(vae), machine.compiler)),
-        "channels_last_compiled": lambda: WanStreamingVAE(compiled(channels_last(vae), machine.compiler)),
-        "tiled": lambda: WanStreamingVAE(vae, tiles=(rows, columns)),
-        "tiled_parked": lambda: WanStreamingVAE(vae, tiles=(rows, columns), cache_device="cpu"),
+        "channels_last_compiled": lambda: WanStreamingVAE(
+            compiled(channels_last(copy.deepcopy(vae)), machine.compiler)
+        ),
+        "tiled": lambda: WanStreamingVAE(vae, tiles=(rows, columns), encoder_tiles=(rows, columns)),
+        "tiled_parked": lambda: WanStreamingVAE(
+            vae, (rows, columns), cache_device="cpu", encoder_tiles=(rows, columns), encoder_cache_device="cpu"
+        ),
     }
     wanted = {"plain", *(asked.only or makers)}
     if wanted - makers.keys():
         raise SystemExit(f"not known: {sorted(wanted - makers.keys())}; known: {list(makers)}")
     return {name: make() for name, make in makers.items() if name in wanted}
-
-
-def channels_last(vae: Any) -> Any:
-    copied = copy.deepcopy(vae)
-    for part in copied.modules():
-        if isinstance(part, (nn.Conv2d, nn.Conv3d)):
-            layout = torch.channels_last_3d if part.weight.ndim == 5 else torch.channels_last
-            part.weight.data = part.weight.data.contiguous(memory_format=layout)
-    return copied
-
-
-def compiled(vae: Any, backend: str) -> Any:
-    """Every block of encoder and decoder a graph of its own: the same for any length of clip."""
-    for part in (*vae.encoder.down_blocks, vae.encoder.mid_block, vae.decoder.mid_block, *vae.decoder.up_blocks):
-        part.compile(backend=backend, dynamic=False)
-    return vae
 
 
 def latent_size(vae: Any, size: Size) -> tuple[int, int]:

@@ -49,6 +49,7 @@ MANY_PARAMETERS = {
     "pipeline.SwiftI2VPipeline.__init__": "diffusers registers components by the names of these arguments",
     "pipeline.SwiftI2VPipeline.__call__": "diffusers' own argument names",
     "presets.resolve": "what a user may say about size and length, all but one by name only",
+    "sources.load": "what the command line may say of weights and machine, by name only",
     "stage_one.motion_latents": "Stage II's refine plus what Stage I is told, most by name only",
     "stage_two.refine": "what the loop needs and what it may be given, most by name only",
     "train.__main__.main": "a parameter is a command-line option",
@@ -310,7 +311,7 @@ def python(script: str) -> str:
 def test_light_modules_stay_light() -> None:
     """What ``--help``, ``plan`` and a mistyped option need is there without torch."""
     light = ["cli", "core", "segments", "machine", "presets", "costs", "costs_nano", "calibration", "plan", "progress"]
-    light += ["costs_mobile", "options", "plan_mobile"]
+    light += ["costs_mobile", "costs_wan_vae", "costs_tiles", "options", "plan_mobile"]
     assert not any("torch" in foreign for foreign in map(foreign_imports, ("core", "segments", "presets", "machine")))
     heavy = "{'torch', 'diffusers', 'transformers', 'av', 'PIL', 'numpy'}"
     script = f"import sys\nfrom swifti2v import {', '.join(light)}\nprint({heavy} & set(sys.modules))"

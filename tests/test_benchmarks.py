@@ -113,3 +113,40 @@ def test_mobile_steps(script: ModuleType, weights: Path, capsys: pytest.CaptureF
     # The twin's network has random weights: every seed's noise goes through almost as it came.
     assert 0.5 < results["2 steps"]["spread"]["all"] < 1.6
     assert results["2 steps"]["psnr_to_first"]["all"] == 99 > results["1 step"]["psnr_to_first"]["all"]
+
+
+@pytest.mark.parametrize("script", ["tiles"], indirect=True)
+def test_tiles(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(script, weights, capsys)
+    for verb in ("encode", "decode"):
+        row = line["results"][verb]
+        assert row["max_difference"] <= 1e-5 * row["largest"]
+        for run in (row["whole"], row["tiled"]):
+            # Peaks are of the clip's first blocks and of all that came out, too: at toy size that shows.
+            assert run["live_mb"] == pytest.approx(run["planned_mb"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["context_parallel"], indirect=True)
+def test_context_parallel(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "tiny"
+    tiny_pipeline("wan").save_pretrained(model)
+    results = line_of(script, model, capsys)["results"]
+    ways = results["ways"]
+    assert list(ways) == list(script.WAYS) and results["met"]
+    assert ways[script.PLAIN]["max_latent_difference"] == 0
+    assert ways[script.SHARED]["max_latent_difference"] < 1e-5 and ways[script.SHARED]["max_pixel_difference"] <= 1
+    assert all(row["seconds"] > row["step_seconds"] > 0 for row in ways.values())
+
+
+@pytest.mark.parametrize("script", ["overlap"], indirect=True)
+def test_overlap(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = line_of(script, weights, capsys, "--steps", "1")["results"]
+    assert results["equal"] and results["ratio"] > 0 and results["memory_ratio"] > 0.5
+    assert {"denoise", "decode", "write"} <= results["runs"]["at once"][0]["own_seconds"].keys()
+
+
+@pytest.mark.parametrize("script", ["modulation"], indirect=True)
+def test_modulation(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = line_of(script, weights, capsys)["results"]
+    assert results["max_difference"] < 1e-5 and results["seconds_ratio"] > 0 and results["memory_ratio"] > 0

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 
 from swifti2v import costs, presets
 from swifti2v.plan import plan
@@ -160,22 +159,12 @@ def test_closed_flops_of_the_phases_are_those_of_the_plan(script: ModuleType, pr
 @pytest.mark.parametrize("script", ["vae"], indirect=True)
 def test_vae_variants_equal_the_plain_path(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     results = line_of(script, capsys, "--only", "channels_last_3d", "compiled", "tiled_parked")["results"]
-    assert list(results["encode"]) == ["plain", "channels_last_3d", "compiled"]
-    assert list(results["decode"]) == [*results["encode"], "tiled_parked"]
+    assert list(results["encode"]) == list(results["decode"])
+    assert list(results["encode"]) == ["plain", "channels_last_3d", "compiled", "tiled_parked"]
     for part in ("encode", "decode"):
         assert all(row["max_difference"] < 1e-4 for row in results[part].values())
         assert all("floor_share" in row for row in results[part].values())
     assert results["encode"]["plain"]["flops"] < results["decode"]["plain"]["flops"]
-
-
-@pytest.mark.parametrize("script", ["vae"], indirect=True)
-def test_channels_last_changes_every_convolution_and_not_the_original(script: ModuleType) -> None:
-    gpu = importlib.import_module("gpu")
-    vae: AutoencoderKLWan = gpu.vae_two(True)
-    copied = script.channels_last(vae)
-    weight = copied.decoder.conv_in.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
-    assert vae.decoder.conv_in.weight.is_contiguous() and not weight.is_contiguous()
 
 
 @pytest.mark.parametrize("script", ["stage_two"], indirect=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ from swifti2v import flow
 from swifti2v.core import RunError
 from swifti2v.noise import blocks_noise
 from swifti2v.segments import CSG, Window, windows
-from swifti2v.stage_two import Sampling, dit_velocity, refine
+from swifti2v.stage_two import Sampling, Velocity, dit_velocity, refine
 from swifti2v.tiny import tiny_pipeline
 
 SHAPE = (1, 4, 4, 6)
@@ -198,3 +199,38 @@ def test_a_reference_with_more_channels_reaches_the_network_whole() -> None:
     generated = list(refine(field, [ref], windows(5), sampling(neighbor_reference="generated"), channels=4))
     last = seen[-1][1]
     assert torch.equal(last[:, :4, 1], generated[0][:, :, -1]) and torch.equal(last[:, 4:, 1], generated[0][:, :, -1])
+
+
+def broken_in(*segments: int) -> Velocity:
+    """Not finite in windows whose segment begins at one of these blocks."""
+
+    def field(x: Tensor, sigma: float, window: Window, ref: Tensor) -> Tensor:
+        return mixing(x, sigma, window, ref) * (float("nan") if window.segment[0] in segments else 1)
+
+    return field
+
+
+def test_a_segment_that_is_not_finite_is_made_again_by_the_witness() -> None:
+    """Bit for bit what the witness makes, in that segment; the others are the fast path's."""
+    told: list[int] = []
+
+    def witness(velocity: Velocity, number: int) -> Velocity:
+        told.append(number)
+        return mixing
+
+    ref = reference(10)
+    guarded = dataclasses.replace(sampling(), witness=witness)
+    made = list(refine(broken_in(4, 7), [ref], windows(10), guarded))
+    assert told == [1, 2]
+    for a, b in zip(made, refine(mixing, [ref], windows(10), sampling()), strict=True):
+        assert torch.equal(a, b)
+    # A run that is resumed after the first broken segment has not seen it, and chooses alike.
+    told.clear()
+    resumed = list(refine(broken_in(4, 7), [ref], windows(10), guarded, finished=made[:2]))
+    assert told == [2] and all(torch.equal(a, b) for a, b in zip(made, resumed, strict=True))
+
+
+def test_not_finite_even_by_the_witness_is_an_error() -> None:
+    guarded = dataclasses.replace(sampling(), witness=lambda velocity, number: broken_in(4))
+    with pytest.raises(RunError, match="segment 2 is not finite"):
+        list(refine(broken_in(4), [reference(7)], windows(7), guarded))

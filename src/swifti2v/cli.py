@@ -6,21 +6,21 @@ Exit codes: 0 done, 1 failed after weights began to load, 2 refused before that,
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json as json_text
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from .options import FILE, RUN, Options, option
+from .options import FILE, BatchOptions, Options, option, takes_options
 
 if TYPE_CHECKING:
+    from .parallel import Ranks
     from .progress import Mode
 
 
@@ -54,25 +54,10 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", show_defau
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 Output = Annotated[str | None, typer.Option(metavar="FILE", help="Where to write the video.", show_default=False)]
+Ranked = Annotated[
+    int | None, typer.Option("--context-parallel", metavar="N", help="By N processes, as begun.", show_default=False)
+]
 Model = Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are now.", show_default=False)]
-
-
-def takes_options(verb: Callable[[Options], None]) -> Callable[..., None]:
-    """Give a verb every field of ``Options`` as a command-line option, so that no list is written twice."""
-    hints = get_type_hints(Options, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-        for field in dataclasses.fields(Options)
-    ]
-
-    def command(**values: Any) -> None:
-        verb(Options(**values))
-
-    command.__doc__, command.__name__ = verb.__doc__, verb.__name__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = hints
-    return command
 
 
 @app.command()
@@ -80,15 +65,23 @@ def takes_options(verb: Callable[[Options], None]) -> Callable[..., None]:
 def generate(options: Options) -> None:
     """Make a video from a photo."""
     with reported(options.debug):
-        from .order import plan_of, prepare
+        from .order import plan_of, prepare, trace_file
 
-        order = prepare(options)
         if options.dry_run:
+            order = prepare(options)
             _print_plan(plan_of(options), options.json, order.notices)
             return
-        from .produce import start
 
-        _run(lambda emit: start(order, emit), _mode(options.json, options.quiet))
+        def work(ranks: Ranks | None) -> None:
+            from .overlap import recorded
+            from .produce import Execution, start
+
+            order = prepare(options)
+            with recorded(overlap=not options.in_turn, trace=trace_file(options.trace)) as lanes:
+                execution = Execution(lanes, ranks)
+                _run(lambda emit: start(order, emit, execution), _mode(options.json, options.quiet))
+
+        _in_ranks(options.context_parallel, options.device, work)
 
 
 @app.command()
@@ -106,52 +99,39 @@ def resume(
     job: Annotated[str, typer.Argument(metavar="JOB", help="The NAME.job folder of an interrupted run.")],
     model: Model = None,
     force: Annotated[bool, typer.Option("--force", help="Even if weights or libraries changed.")] = False,
+    in_turn: Annotated[bool, typer.Option("--in-turn", help="One stage at a time: less memory.")] = False,
+    trace: Annotated[str | None, typer.Option(metavar="OUT.json", help="Write who worked when.")] = None,
+    context_parallel: Ranked = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Continue an interrupted run; the result is the same as if it had not been."""
     with reported(debug):
-        from . import produce
+        from .order import trace_file
+        from .overlap import recorded
+        from .produce import Execution
+        from .produce import resume as go_on
 
-        _run(lambda emit: produce.resume(Path(job), emit, model=model, force=force), _mode(json, quiet))
+        def work(ranks: Ranks | None) -> None:
+            with recorded(overlap=not in_turn, trace=trace_file(trace)) as lanes:
+                made = partial(go_on, Path(job), model=model, force=force, execution=Execution(lanes, ranks))
+                _run(made, _mode(json, quiet))
+
+        _in_ranks(context_parallel, None, work)
 
 
 @app.command()
-def batch(
-    jobs: Annotated[str, typer.Argument(metavar="JOBS.jsonl", help="One JSON object a line: options of generate.")],
-    engine: Annotated[str, option(RUN, "local (default) or ray.", metavar="NAME")] = "local",
-    workers: Annotated[int | None, option(RUN, "How many (default: one for each GPU, else one).")] = None,
-    devices: Annotated[str | None, option(RUN, "One worker for each, e.g. cuda:0,cuda:1.", metavar="NAMES")] = None,
-    stage_workers: Annotated[str | None, option(RUN, "A make stage I, B the rest.", metavar="A,B")] = None,
-    address: Annotated[
-        str | None, option(RUN, "Of a Ray cluster (default: this machine).", metavar="HOST:PORT")
-    ] = None,
-    attempts: Annotated[int, option(RUN, "Give a clip up after so many in a row that added nothing (4).")] = 4,
-    model: Model = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Make many videos: one a line of a jobs file; run again, it goes on where it was."""
-    with reported(debug):
-        from .batch.command import Asked, run
-        from .core import Event
-        from .progress import json_line, view
+@partial(takes_options, kind=BatchOptions)
+def batch(options: BatchOptions) -> None:
+    """Make many videos, one a line of a jobs file; run again, it goes on where it was."""
+    with reported(options.debug):
+        from .batch.command import run
+        from .progress import batch_view
 
-        asked, out = Asked(jobs, engine, workers, devices, stage_workers, address, model, attempts), sys.stdout
-        with view("quiet" if quiet else "plain") as show:
-
-            def told(event: Event) -> None:
-                if json:
-                    with redirect_stdout(out):
-                        json_line(event)
-                elif event.phase == "run" and event.type in ("notice", "completed", "failed"):
-                    show(event)
-
-            with redirect_stdout(sys.stderr):  # Ray prints of dead workers
-                tally = run(asked, told)
-        if not json:
+        with batch_view(_mode(options.json, options.quiet)) as emit:
+            tally = run(options, emit)
+        if not options.json:
             print(f"{len(tally.made)} made, {len(tally.failed)} failed")
         sys.exit(1 if tally.failed else 0)
 
@@ -182,10 +162,11 @@ def rerun(
     """Make a file again from what it says about itself; finds the photo by its checksum."""
     with reported(debug):
         from .order import prepare_again
-        from .produce import start
+        from .overlap import Lanes
+        from .produce import Execution, start
 
         order = prepare_again(Path(file), image=image, output=output, model=model)
-        _run(lambda emit: start(order, emit), _mode(json, quiet))
+        _run(lambda emit: start(order, emit, Execution(Lanes(overlap=True))), _mode(json, quiet))
 
 
 @app.command()
@@ -347,6 +328,27 @@ def _run(work: Callable[[Any], Path], mode: Mode) -> None:
         path = work(emit)
     if mode == "auto":
         print(path)
+
+
+def _in_ranks(count: int | None, device: str | None, work: Callable[[Ranks | None], None]) -> None:
+    """Do the work in this process; with a ``count``, as the first of so many, and in the others what it asks for."""
+    if count is None:
+        work(None)
+        return
+    from . import parallel, produce
+
+    leads: bool | None = None
+    try:
+        with parallel.joined(count, device=device) as ranks:
+            leads = ranks.leads
+            if ranks.leads:
+                work(ranks)
+            else:
+                produce.follow(ranks)
+    except (parallel.Ended, KeyboardInterrupt) as stop:
+        if leads or (leads is None and isinstance(stop, KeyboardInterrupt)):
+            raise
+        sys.exit(1)  # in silence: the first process says what happened
 
 
 def _print_plan(plan: Any, as_json: bool, notices: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from . import presets
 from .core import UsageError
-from .machine import cpu_name
+from .machine import available_memory, cpu_name
 from .media import Encoding
 from .memory import DTYPES, matmul_rate
 
@@ -69,22 +69,12 @@ def _machine() -> Iterator[Finding]:
         yield Finding(f"cuda:{index}", f"{facts.name}, {facts.total_memory / 1e9:.1f} GB")
     if torch.backends.mps.is_available():
         yield Finding("mps", "Apple GPU")
-    free = memory_gb()
+    free = available_memory()
     if free is not None:
-        yield Finding(
-            "memory available", f"{free:.1f} GB (nano at 2K needs {NEEDED_MEMORY_GB})", free >= NEEDED_MEMORY_GB
-        )
+        said = f"{free / 1e9:.1f} GB (nano at 2K needs {NEEDED_MEMORY_GB})"
+        yield Finding("memory available", said, free >= NEEDED_MEMORY_GB * 1e9)
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     yield Finding("disk free here", f"{disk:.1f} GB", disk >= NEEDED_DISK_GB)
-
-
-def memory_gb() -> float | None:
-    """Memory that a new process can get, in GB; None where it is not known (only Linux is)."""
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024 / 1e9
 
 
 def _conv3d() -> Finding:
@@ -140,7 +130,7 @@ def _expected() -> Iterator[Finding]:
     preset = presets.get("nano")
     request, _ = presets.resolve(preset, prompt="", seed=0)
     try:
-        expected = plan(request, preset, stored_calibration())
+        expected = plan(request, preset, stored_calibration(), overlap=True)
     except UsageError as error:
         yield Finding("a 2K video", str(error), False)
         return

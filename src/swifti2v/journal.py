@@ -60,6 +60,8 @@ class Inputs(BaseModel):
     loras: tuple[str, ...] = ()
     loras_2: tuple[str, ...] = ()
     motion: str | None = None
+    cache: str | None = None
+    arrangement: str | None = None
 
 
 class Manifest(BaseModel):
@@ -67,7 +69,7 @@ class Manifest(BaseModel):
 
     ``model``: the preset's name and where its weights come from, in words. ``output``: the name of the
     video, relative to the folder that holds the job. ``model_hashes``: SHA-256 by file, ``versions`` by
-    library, ``settings``: dtype, device, threads, attention backend. The last three are empty until the
+    library, ``settings``: dtype, device, threads, fast paths. The last three are empty until the
     weights are loaded: a job without them holds no latents yet. ``photo_sha256``: of the
     stored fitted photo (``request.image_sha256`` is the user's own file).
     """
@@ -342,8 +344,8 @@ def _claimable(folder: Path) -> bool:
     return not names or (LOCK in names and names == ours)
 
 
-def lock_folder(folder: Path, what: str = "job") -> int:
-    """The descriptor of the folder's lock file, locked until closed. UsageError if a living process holds it."""
+def lock_folder(folder: Path, it: str = "job") -> int:
+    """The descriptor of the folder's lock file, locked until closed. UsageError if a living process holds ``it``."""
     path = folder / LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -355,9 +357,7 @@ def lock_folder(folder: Path, what: str = "job") -> int:
         os.close(descriptor)
         if not isinstance(error, BlockingIOError):
             raise
-        raise UsageError(
-            f"{what} {folder.name} is in use by another swifti2v process; wait for it or stop it"
-        ) from None
+        raise UsageError(f"{it} {folder.name} is in use by another swifti2v process; wait for it or stop it") from None
     return descriptor
 
 

@@ -1,4 +1,4 @@
-"""Where modules live and in which dtype: the only caller of ``.to`` for devices.
+"""Where modules live, in which dtype and by which fast paths they run: the only caller of ``.to`` for devices.
 
 The settings chosen here are recorded in the job's manifest: with them, equal requests give equal latents.
 """
@@ -6,7 +6,9 @@ The settings chosen here are recorded in the job's manifest: with them, equal re
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,20 +21,54 @@ MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
+class FastPaths:
+    """The transformers' fast paths, by name. The default is the slow witness of each, but for ``attention``.
+
+    ``attention``: a kernel by diffusers' name; "auto" until one has been chosen. ``quantize``: a kind of
+    ``quantize.KINDS``, or None. ``compile``: whether the repeated layers are compiled.
+    """
+
+    attention: str = "auto"
+    quantize: str | None = None
+    compile: bool = False
+
+    def settings(self) -> dict[str, str]:
+        """As a manifest holds it; what is off is left out."""
+        found = {"attention": self.attention}
+        if self.quantize is not None:
+            found["quantize"] = self.quantize
+        return found | ({"compile": "regional"} if self.compile else {})
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, str]) -> FastPaths:
+        """What ``settings`` wrote, and what was written before there were fast paths."""
+        return cls(settings.get("attention", "auto"), settings.get("quantize"), "compile" in settings)
+
+
+@dataclass(frozen=True)
 class Placement:
-    """Device, dtype of the transformers and VAEs, and CPU threads of one run, with the reason for the dtype."""
+    """Device, dtype of the transformers and VAEs, and CPU threads of one run, with the reason for the dtype.
+
+    ``fast``: what the transformers were set to; None for those that know no fast paths. ``ranks``: processes that split
+    the transformers between them (``parallel``).
+    """
 
     device: torch.device
     dtype: torch.dtype
     threads: int
     reason: str
+    fast: FastPaths | None = None
+    ranks: int = 1
 
     def settings(self) -> dict[str, str]:
-        return {
+        shared = {"context_parallel": str(self.ranks)} if self.ranks > 1 else {}
+        fast = {} if self.fast is None else self.fast.settings()
+        return fast | {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": str(self.threads),
             "dtype_reason": self.reason,
+            **shared,
         }
 
 
@@ -82,6 +118,35 @@ def place(module: nn.Module | None, device: torch.device, dtype: torch.dtype | N
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
             parameter.data = parameter.data.to(dtype)
+
+
+def release_cached(device: torch.device | None) -> None:
+    """Give memory that an accelerator's allocator holds for nobody back to it."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def stream_weights(module: nn.Module, device: torch.device, folder: Path | None = None) -> None:
+    """Keep a module's weights in host memory, or in ``folder`` on a disk, and take them to ``device`` layer by layer.
+
+    diffusers' group offloading by leaves; on CUDA the next layer travels while one works.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        module,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        use_stream=device.type == "cuda",
+        low_cpu_mem_usage=folder is not None,
+        offload_to_disk_path=None if folder is None else str(folder),
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of an accelerator; None for a CPU, or where they cannot be asked for."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _device(name: str | None) -> torch.device:

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from . import flow, motion_field, presets
 from .checkpoints import hash_files, read_json
 from .core import Chunk, Request, UsageError
+from .fast_paths import witness
 from .memory import Placement
 from .models.ltx_vae import LTXCodec
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.turbo_decoder import TurboDecoder
+from .overlap import IN_TURN, Lanes, Running
 from .runs import (
     Emit,
     Journal,
@@ -157,6 +159,7 @@ class MobileI2VPipeline(DiffusionPipeline):
         job: Journal | None = None,
         motion: Iterable[Tensor] | None = None,
         emit: Emit | None = None,
+        lanes: Lanes = IN_TURN,
     ) -> Iterator[Chunk]:
         """Make the clip: frame 0, then the frames of every segment.
 
@@ -167,11 +170,18 @@ class MobileI2VPipeline(DiffusionPipeline):
         check_photo(photo, request)
         if motion is not None:
             raise ValueError("motion is given: MobileI2V has one stage, which cannot be replaced by a video")
-        report, total = Reporter(emit), len(segment_windows(self.preset, request))
+        with lanes.running() as running:
+            yield from self._chunks(photo, request, job, Reporter(emit, running), running)
+
+    def _chunks(
+        self, photo: Tensor, request: Request, job: Journal | None, report: Reporter, running: Running
+    ) -> Iterator[Chunk]:
+        total = len(segment_windows(self.preset, request))
         photo = photo.to(self._execution_device, torch.float32)
         report("started", "run", total=total, message=f"{request.num_frames} frames of {request.size}")
+        latents = running.stage("denoise", self._denoised(photo, request, job, report), photo.device)
         start = number = 0
-        for pixels in self._decoded(self._denoised(photo, request, job, report), photo, request, report):
+        for pixels in running.stage("decode", self._decoded(latents, photo, request, report), photo.device):
             if number == 0 and request.exact_first_frame:
                 pixels = photo
             yield Chunk(pixels, start, number, total)
@@ -257,9 +267,8 @@ class MobileI2VPipeline(DiffusionPipeline):
             trained_blocks=self.preset.grid.trained_blocks,
             motion_score=self._score(request),
         )
-        sampling = Sampling(
-            levels(request.num_inference_steps, request.shift), request.seed, request.csg, sampler=request.sampler_2
-        )
+        grid, slow = levels(request.num_inference_steps, request.shift), witness(self.transformer, report, "refine")
+        sampling = Sampling(grid, request.seed, request.csg, sampler=request.sampler_2, witness=slow)
         plan, reference = segment_windows(self.preset, request), chain([first], repeat(later))
         yield first[:, :channels]
         yield from saved_segments(velocity, reference, plan, sampling, job, report, channels)

@@ -5,8 +5,11 @@ Only words and types: what is legal is decided by ``core`` and ``presets``. Noth
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -97,7 +100,79 @@ class Options:
     dtype: Annotated[str, option(RUN, "auto (default), float32 or bfloat16.", metavar="NAME")] = "auto"
     device: Annotated[str | None, option(RUN, "cpu, cuda, cuda:1, mps (default: the best there is).")] = None
     threads: Annotated[int | None, option(RUN, "CPU threads.")] = None
+    profile: Annotated[
+        str | None,
+        option(
+            RUN,
+            "Fit into auto (what is free), 80gb, 24gb, 16gb, 12gb, 8gb or cpu (wan on a GPU: auto).",
+            metavar="NAME",
+        ),
+    ] = None
+    in_turn: Annotated[bool, option(RUN, "One stage at a time: slower, less memory, the same video.", "--in-turn")] = (
+        False
+    )
+    trace: Annotated[
+        str | None, option(RUN, "Write who worked when, for chrome://tracing or ui.perfetto.dev.", metavar="OUT.json")
+    ] = None
+    context_parallel: Annotated[
+        int | None, option(RUN, "One clip by N processes (wan, wan-refine), started by torchrun.", metavar="N")
+    ] = None
+    attention: Annotated[
+        str, option(RUN, "Attention kernel by diffusers' name (default: auto, tried before use).", metavar="NAME")
+    ] = "auto"
+    quantize: Annotated[
+        str | None, option(RUN, "int8, int8-dynamic, fp8 or fp8-rows: transformers in 8 bits.", metavar="KIND")
+    ] = None
+    compile: Annotated[bool, option(RUN, "Compile the transformers' layers; the first steps wait.", "--compile")] = (
+        False
+    )
+    cache: Annotated[str | None, option(RUN, "Keep embeddings of prompts and photos here.", metavar="FOLDER")] = None
     dry_run: Annotated[bool, option(RUN, "Check everything, print the plan, make nothing.", "--dry-run")] = False
     json: Annotated[bool, option(RUN, "Events as JSON lines on stdout.", "--json")] = False
     quiet: Annotated[bool, option(RUN, "Print nothing but errors.", "--quiet")] = False
     debug: Annotated[bool, option(RUN, "Show the traceback of an error.", "--debug")] = False
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What ``batch`` can be told."""
+
+    jobs: Annotated[str, typer.Argument(metavar="JOBS.jsonl", help="One JSON object a line: options of generate.")]
+    engine: Annotated[str, option(RUN, "local (default) or ray.", metavar="NAME")] = "local"
+    workers: Annotated[int | None, option(RUN, "How many (default: one for each GPU, else one).")] = None
+    devices: Annotated[str | None, option(RUN, "One worker for each, e.g. cuda:0,cuda:1.", metavar="NAMES")] = None
+    stage_workers: Annotated[
+        str | None, option(RUN, "A workers make stage I, B the rest.", "--stage-workers", metavar="A,B")
+    ] = None
+    address: Annotated[str | None, option(RUN, "Of a Ray cluster (default: one of its own).", metavar="HOST:PORT")] = (
+        None
+    )
+    attempts: Annotated[int, option(RUN, "Give a clip up after so many in a row that added nothing (4).")] = 4
+    model: Annotated[str | None, option(MODEL, "Where the weights are, for lines that do not say.", metavar="PATH")] = (
+        None
+    )
+    json: Annotated[bool, option(RUN, "Events as JSON lines on stdout.", "--json")] = False
+    quiet: Annotated[bool, option(RUN, "Print nothing but errors.", "--quiet")] = False
+    debug: Annotated[bool, option(RUN, "Show the traceback of an error.", "--debug")] = False
+
+
+def takes_options(verb: Callable[[Any], None], kind: Any = Options) -> Callable[..., None]:
+    """Give a verb every field of ``Options`` as a command-line option, so that no list is written twice."""
+    hints = get_type_hints(kind, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(kind)
+    ]
+
+    def command(**values: Any) -> None:
+        verb(kind(**values))
+
+    command.__doc__, command.__name__ = verb.__doc__, verb.__name__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = hints
+    return command

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import media, presets
 from .checkpoints import locate, read_metadata, sha256
 from .core import Request, Size, UsageError
+from .fitting import arrangement_of, planned
 from .journal import Inputs, Manifest, WriteOptions
 from .origin import Origin, described, find_photo, origin_of
 from .presets import Preset
+from .ranks import split_of
 from .reference import fit_image
 from .segments import CSG
 
@@ -33,6 +36,7 @@ _DIRECT = (
     "negative_prompt", "fps", "num_inference_steps", "num_inference_steps_2", "guidance_scale",
     "guidance_scale_2", "shift", "shift_2", "strength_2", "sampler_2", "encode", "motion_score",
 )  # fmt: skip
+_RESTORED = ("dtype", "device", "threads", "attention", "quantize", "compile")
 _CSG = ("segment_blocks", "neighbor_blocks", "rope_positions", "neighbor_timestep", "neighbor_reference")
 
 
@@ -74,6 +78,10 @@ def prepare(options: Options) -> Order:
     _refuse_second_stage(options, preset)
     source = media.read_image(options.image)
     request, notices = request_of(options, preset, source.size, source.sha256)
+    trace_file(options.trace)
+    way = arrangement_of(options, request, preset)
+    if way is not None:
+        request = request.model_copy(update={"encode": way.encode_when})
     write = _write_options(options)
     inputs = Inputs(
         photo_name=Path(options.image).name,
@@ -81,6 +89,8 @@ def prepare(options: Options) -> Order:
         loras=_loras(options.lora),
         loras_2=_loras(options.lora_2),
         motion=None if options.motion is None else str(_path(options.motion).absolute()),
+        cache=_cache(options, preset),
+        arrangement=None if way is None else way.to_json(),
     )
     wanted = _wanted(options.output, Path(options.image).stem, request)
     check_weights(preset, inputs.model)
@@ -88,14 +98,15 @@ def prepare(options: Options) -> Order:
     manifest = Manifest(
         request=request,
         model=described(preset, inputs),
-        settings=_settings(options),
+        settings=_settings(options, preset),
         inputs=inputs,
         output=wanted.name,
         write=write,
         keep_job=options.keep_job,
     )
     photo = fit_image(source.pixels, request.size, request.fit)
-    return Order(manifest, photo, wanted, (*source.notes, *notices), options.preview)
+    fitted = () if way is None else (f"memory, {way.source}: {'; '.join(way.ways())}",)
+    return Order(manifest, photo, wanted, (*source.notes, *notices, *fitted), options.preview)
 
 
 def _refuse_second_stage(options: Options, preset: Preset) -> None:
@@ -134,7 +145,17 @@ def request_of(options: Options, preset: Preset, photo: Size | None, sha256: str
     )
     if motion_frames is not None and motion_frames < request.num_frames:
         raise UsageError(f"--motion has {motion_frames} frames, {request.num_frames} are asked for; lower --num-frames")
-    return request, notices
+    return request, [*notices, *_shared(options, preset, request)]
+
+
+def _shared(options: Options, preset: Preset, request: Request) -> tuple[str, ...]:
+    """What is to be said about the work of several processes; UsageError if they cannot share it."""
+    if options.context_parallel is None:
+        return ()
+    split = split_of(options.context_parallel, preset, request, options.model)
+    if options.device not in (None, "cpu", "cuda"):
+        raise UsageError(f"device {options.device!r} is not for several processes; use cuda (one GPU each) or cpu")
+    return split.notices
 
 
 @_at_the_door()
@@ -143,25 +164,8 @@ def plan_of(options: Options) -> Plan:
     preset = presets.get(options.preset)
     size = media.read_image(options.image).size if options.image is not None else None
     request, _ = request_of(options, preset, size)
-    return planned(request, preset, options.model)
-
-
-def planned(request: Request, preset: Preset, model: str | None) -> Plan:
-    """What a request costs with these weights on this machine, as ``doctor`` measured it."""
-    from .costs import read_nano
-    from .costs_mobile import read_mobile
-    from .plan import plan, stored_calibration
-
-    networks: Any = None
-    if model is not None and Path(model).is_dir() and preset.family in ("nano", "mobile"):
-        try:
-            if preset.family == "nano":
-                networks = read_nano(Path(model), preset.prompt_tokens)
-            else:
-                networks = read_mobile(Path(model), preset.vae_folder)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UsageError(f"--model {Path(model).name} has an unusable config.json: {error}") from None
-    return plan(request, preset, stored_calibration(), networks=networks)
+    way = arrangement_of(options, request, preset)
+    return replace(planned(request, preset, options.model, overlap=not options.in_turn), arrangement=way)
 
 
 @_at_the_door()
@@ -185,7 +189,7 @@ def prepare_again(file: Path, *, image: str | None, output: str | None, model: s
     manifest = Manifest(
         request=request,
         model=described(preset, inputs),
-        settings={name: value for name, value in origin.settings.items() if name in ("dtype", "device", "threads")},
+        settings={name: value for name, value in origin.settings.items() if name in _RESTORED},
         inputs=inputs,
         output=wanted.name,
         write=origin.write,
@@ -285,17 +289,31 @@ def _write_options(options: Options) -> WriteOptions:
     )
 
 
-def _settings(options: Options) -> dict[str, str]:
+def _settings(options: Options, preset: Preset) -> dict[str, str]:
     """What the user asked for; ``fingerprint`` replaces it by what was used."""
-    from .memory import choose_placement
+    from .fast_paths import check_fast_paths
+    from .memory import FastPaths, choose_placement
 
-    choose_placement(options.device, "float32" if options.dtype == "auto" else options.dtype, options.threads)
-    settings = {"dtype": options.dtype}
+    fast = FastPaths(options.attention.lower(), options.quantize, options.compile)
+    check_fast_paths(fast, preset.family, choose_placement(options.device, options.dtype, options.threads))
+    settings = {"dtype": options.dtype, **fast.settings()}
     if options.device is not None:
         settings["device"] = options.device
     if options.threads is not None:
         settings["threads"] = str(options.threads)
     return settings
+
+
+def _cache(options: Options, preset: Preset) -> str | None:
+    """The folder for embeddings, absolutely. It is made when there is something to keep."""
+    if options.cache is None:
+        return None
+    from .embeddings import check_folder
+
+    if not preset.reads_text:
+        raise UsageError(f"--cache: {preset.name} reads no text; leave it out")
+    check_folder(_path(options.cache))
+    return str(_path(options.cache).absolute())
 
 
 def _wanted(output: str | None, stem: str, request: Request) -> Path:
@@ -332,6 +350,18 @@ def _check_lora(path: str) -> None:
     for file in locate(path):
         if file.suffix == ".safetensors":
             read_metadata(file)
+
+
+def trace_file(given: str | None) -> Path | None:
+    """Where a trace is to go; UsageError if something is there or it cannot be written."""
+    if given is None:
+        return None
+    path = _path(given)
+    if os.path.lexists(path):
+        raise UsageError(f"--trace {given} exists and is not overwritten; choose another name")
+    if not path.parent.is_dir():
+        raise UsageError(f"--trace: the folder {path.parent} does not exist; create it or choose another")
+    return path
 
 
 def _path(text: str) -> Path:

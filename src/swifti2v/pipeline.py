@@ -6,6 +6,7 @@ photo, request -> text -> Stage I motion -> hybrid reference -> CSG segments -> 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from torch import Tensor, nn
 from . import flow, presets
 from .camera import Motion
 from .core import Chunk, Request, RunError
+from .embeddings import Embeddings
+from .fast_paths import witness
 from .memory import Placement
 from .models.causal_vae import decode_stream, encode_pairs, encode_stream, streaming
 from .models.text import encode_prompts, truncated_prompt
+from .overlap import IN_TURN, Lanes, Running
 from .reference import carried_reference, hybrid_reference, shrink
+from .residency import Residency
 from .runs import (
     Emit,
     Journal,
@@ -83,6 +88,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.register_to_config(preset=preset)
         self.preset = presets.get(preset)
         self.placement: Placement | None = None
+        self.residency = Residency()
+        self.embeddings: Embeddings | None = None
         self.sources: tuple[Path, ...] = ()
         self.video_processor = VideoProcessor(vae_scale_factor=self.preset.grid.stage_two.stride)
 
@@ -110,6 +117,10 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         pipeline.sources = sources
         return pipeline
 
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.residency.device or super()._execution_device
+
     def fingerprint(self) -> dict[str, dict[str, str]]:
         """``model_hashes``, ``versions`` and ``settings``: with these and the request, latents repeat exactly."""
         return fingerprint(self.sources, self.placement)
@@ -124,36 +135,56 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         motion: Iterable[Tensor] | None = None,
         emit: Emit | None = None,
         conditions: Conditions | None = None,
+        lanes: Lanes = IN_TURN,
     ) -> Iterator[Chunk]:
         """Make the clip chunk by chunk: frame 0 at once, then each segment before the next is denoised.
 
         ``photo`` (1, 3, 1, H, W) in [-1, 1], already of the request's size (``reference.fit_image``). ``job`` keeps
         every finished window and segment, and what it holds is not made again. ``motion``: low-resolution pixel
-        chunks (1, 3, t, h, w) in place of Stage I. ``conditions``: precomputed embeddings. Closing the iterator
-        cancels between steps and frees everything. Raises RunError if Stage II is untrained or a segment is not
-        finite, ValueError if the photo has another size.
+        chunks (1, 3, t, h, w) in place of Stage I. ``conditions``: precomputed embeddings. ``lanes``: whether
+        reference, denoising and decoding run at once, a segment apart, in threads. Closing the iterator cancels between
+        steps and frees everything. Raises RunError if Stage II is untrained or a segment is not finite, ValueError if
+        the photo has another size.
         """
-        report = Reporter(emit)
         self._check(photo, request)
-        vae = streaming(self.vae_2 if self.vae_2 is not None else self.vae)
+        with self.residency.until_the_end(self), lanes.running() as running:
+            yield from self._chunks(photo, request, job, motion, Reporter(emit, running), conditions, running)
+
+    def _chunks(
+        self,
+        photo: Tensor,
+        request: Request,
+        job: Journal | None,
+        motion: Iterable[Tensor] | None,
+        report: Reporter,
+        conditions: Conditions | None,
+        running: Running,
+    ) -> Iterator[Chunk]:
+        """``stream``'s line, from right to left: decode what is denoised along what is encoded."""
+        vae = self.residency.streaming(self.vae_2 if self.vae_2 is not None else self.vae)
         photo = photo.to(self._execution_device, torch.float32)
         plan = segment_windows(self.preset, request)
         report("started", "run", total=len(plan), message=f"{request.num_frames} frames of {request.size}")
 
         def latents() -> Iterator[Tensor]:
             yield next(iter(encode_stream(vae, [photo])))
-            told = conditions or self.encode(photo, request, report)
+            with report.span("text"):
+                told = conditions or self.encode(photo, request, report)
             low = motion if motion is not None else self._decoded_motion(photo, request, told, job, report)
+            self.residency.enter("refine", self)
             if self.preset.carries_detail:
                 reference = encode_pairs(vae, carried_reference(photo, low, request.size))
             else:
                 reference = encode_stream(vae, hybrid_reference(photo, low, request.size))
             if request.encode == "ahead":
                 reference = iter(list(reference))
+            reference = running.stage("reference", reference, photo.device)
             yield from self._segments(reference, request, told, job, report)
 
         start = number = 0
-        for pixels in decode_stream(vae, latents(), photo):  # not enumerate, which keeps the last while making the next
+        decoded = decode_stream(vae, running.stage("denoise", latents(), photo.device), photo)
+        # Not enumerate, which keeps the last while making the next.
+        for pixels in running.stage("decode", decoded, photo.device):
             if number == 0 and request.exact_first_frame:
                 pixels = photo
             yield Chunk(pixels, start, number, len(plan))
@@ -168,7 +199,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Stage I alone: low-resolution pixel chunks (1, 3, t, h, w) in [-1, 1]."""
         report = Reporter(emit)
         photo = photo.to(self._execution_device, torch.float32)
-        yield from self._decoded_motion(photo, request, self.encode(photo, request, report), job, report)
+        with self.residency.until_the_end(self):
+            yield from self._decoded_motion(photo, request, self.encode(photo, request, report), job, report)
 
     def encode(self, photo: Tensor, request: Request, report: Reporter) -> Conditions:
         """Text and image embeddings of a request; a notice if the prompt is too long for the text encoder."""
@@ -187,15 +219,26 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """Text states (1, tokens, d), zero after the prompt's end."""
-        return encode_prompts(self.tokenizer, self.text_encoder, [prompt], self.preset.prompt_tokens)
+        tokens = self.preset.prompt_tokens
+
+        def make() -> Tensor:
+            self.residency.enter("text", self)
+            return encode_prompts(self.tokenizer, self.text_encoder, [prompt], tokens)
+
+        return make() if self.embeddings is None else self.embeddings.text(prompt, tokens, make)
 
     def encode_image(self, photo: Tensor) -> Tensor:
         """CLIP states (1, 257, d) of the photo: the last layer but one, as Wan2.1-I2V was trained."""
-        pixels = ((photo[0, :, 0].permute(1, 2, 0).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
-        inputs = self.image_processor(images=Image.fromarray(pixels), return_tensors="pt")
-        parameter = next(self.image_encoder.parameters())
-        inputs = inputs.to(self._execution_device, parameter.dtype)
-        return self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
+
+        def make() -> Tensor:
+            self.residency.enter("text", self)
+            pixels = ((photo[0, :, 0].permute(1, 2, 0).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+            inputs = self.image_processor(images=Image.fromarray(pixels), return_tensors="pt")
+            parameter = next(self.image_encoder.parameters())
+            inputs = inputs.to(self._execution_device, parameter.dtype)
+            return self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
+
+        return make() if self.embeddings is None else self.embeddings.image(photo, make)
 
     @torch.no_grad()
     def __call__(
@@ -251,9 +294,23 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _decoded_motion(
         self, photo: Tensor, request: Request, told: Conditions, job: Journal | None, report: Reporter
     ) -> Iterator[Tensor]:
-        """Stage I, all of it, then decoded lazily; the latents wait in the journal if there is one."""
-        grid, vae = self.preset.grid, streaming(self.vae)
-        small = shrink(photo, grid.motion_size(request.size))
+        """Stage I, all of it, now; the latents wait in the journal if there is one, and are decoded lazily."""
+        vae, small = streaming(self.vae), shrink(photo, self.preset.grid.motion_size(request.size))
+        latents: list[Tensor] = []
+        with report.span("motion"):
+            self._denoised_motion(small, request, told, job or latents, report)
+
+        def few_at_a_time() -> Iterator[Tensor]:
+            for window in latents if job is None else job.stream("motion"):
+                yield from window.split(MOTION_BLOCKS, dim=2)
+
+        return decode_stream(vae, few_at_a_time(), small)
+
+    def _denoised_motion(
+        self, small: Tensor, request: Request, told: Conditions, kept: Journal | list[Tensor], report: Reporter
+    ) -> None:
+        """Stage I's windows into ``kept``; what a journal holds already is not made again, nor its network loaded."""
+        grid, job = self.preset.grid, None if isinstance(kept, list) else kept
         plan = MotionPlan(
             grid.blocks(request.num_frames),
             request.num_inference_steps,
@@ -264,29 +321,26 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             round_timesteps_bf16=request.csg.round_timesteps_bf16,
         )
         finished = job.motion() if job is not None else []
+        if len(finished) == plan.num_windows:
+            return
+        self.residency.enter("motion", self)
+        plan = replace(plan, witness=witness(self.transformer, report, "motion"))
         total = plan.num_windows * request.num_inference_steps
 
         def on_step(window: int, step: int) -> None:
             done = window * request.num_inference_steps + step
             report("progress", "motion", segment=window + 1, step=done, total=total)
 
-        latents: list[Tensor] = []
-        block = 0
         windows_of_latents = motion_latents(
-            self.transformer, vae, small, told, plan=plan, finished=finished, on_step=on_step
+            self.transformer, streaming(self.vae), small, told, plan=plan, finished=finished, on_step=on_step
         )
+        block = 0
         for number, window in enumerate(windows_of_latents):
-            if job is not None and number >= len(finished):
-                job.save_motion(number, window, range(block, block + window.shape[2]))
+            if isinstance(kept, list):
+                kept.append(window)
+            elif number >= len(finished):
+                kept.save_motion(number, window, range(block, block + window.shape[2]))
             block += window.shape[2]
-            if job is None:
-                latents.append(window)
-
-        def few_at_a_time() -> Iterator[Tensor]:
-            for window in latents if job is None else job.stream("motion"):
-                yield from window.split(MOTION_BLOCKS, dim=2)
-
-        yield from decode_stream(vae, few_at_a_time(), small)
 
     def _segments(
         self, reference: Iterable[Tensor], request: Request, told: Conditions, job: Journal | None, report: Reporter
@@ -294,7 +348,8 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Stage II, saving every segment before it is decoded: a failure in decode loses nothing."""
         plan = segment_windows(self.preset, request)
         levels = flow.sigmas(request.num_inference_steps_2, request.shift_2, start=request.strength_2)
-        sampling = Sampling(levels, request.seed, request.csg, sampler=request.sampler_2)
+        slow = witness(self.transformer_2, report, "refine")
+        sampling = Sampling(levels, request.seed, request.csg, sampler=request.sampler_2, witness=slow)
         velocity = dit_velocity(
             self.transformer_2,
             told.text,

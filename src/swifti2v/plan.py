@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from . import costs
 from .calibration import Calibration, calibrate, stored_calibration
@@ -21,6 +21,9 @@ from .plan_text import cells, duration, line, scaled
 from .segments import Window, motion_windows, windows
 
 __all__ = ["Calibration", "Plan", "Row", "calibrate", "plan", "stored_calibration"]
+
+if TYPE_CHECKING:
+    from .arrangement import Arrangement
 
 Phase = Literal["text", "image", "motion", "motion decode", "reference", "refine", "decode", "write"]
 
@@ -91,6 +94,7 @@ class Plan:
     job_bytes: int
     file_bytes: int
     calibrated: bool
+    arrangement: Arrangement | None = None
 
     @property
     def flops(self) -> int:
@@ -135,23 +139,29 @@ class Plan:
                 "as measured by doctor" if self.calibrated else "by a reference machine; run doctor to measure yours"
             )
             text.append(f"time: about {duration(self.seconds)} ({basis})")
-        return text
+        return text + (self.arrangement.lines() if self.arrangement is not None else [])
 
 
 def plan(
-    request: Request, preset: Planned, calibration: Calibration | None = None, *, networks: Networks | None = None
+    request: Request,
+    preset: Planned,
+    calibration: Calibration | None = None,
+    *,
+    networks: Networks | None = None,
+    overlap: bool = False,
 ) -> Plan:
     """The cost of ``request`` with ``preset``.
 
     ``calibration``: this machine's constants (``stored_calibration()``); a reference machine's if None.
-    ``networks``: other networks than the preset's own. Raises UsageError if a shipped configuration is not there.
+    ``networks``: other networks than the preset's own. ``overlap``: the memory of stages that run at once; seconds are
+    of one after another. Raises UsageError if a shipped configuration is not there.
     """
     if preset.family == "mobile":
-        from .plan_mobile import plan_mobile
+        from .plan_mobile import planner_of
 
-        return plan_mobile(request, preset, calibration or Calibration(), cast(Any, networks))
+        return planner_of(request, preset, calibration or Calibration(), cast(Any, networks), overlap).plan()
     known = networks or costs.networks_of(preset.family, preset.folder, preset.prompt_tokens)
-    return Planner(request, preset, known, calibration or Calibration()).plan()
+    return Planner(request, preset, known, calibration or Calibration(), overlap).plan()
 
 
 @dataclass(frozen=True)
@@ -162,6 +172,7 @@ class Planner:
     preset: Planned
     networks: Networks
     calibration: Calibration
+    overlap: bool = False
 
     @property
     def nano(self) -> bool:
@@ -224,6 +235,8 @@ class Planner:
         photo = self.request.size.area * FRAME_BYTES
         resident = sum(row.resident_bytes for row in rows)
         peak = photo + max(row.activation_bytes + resident - row.resident_bytes for row in rows)
+        if self.overlap:
+            peak = max(peak, photo + resident + self._at_once(rows))
         weights = self.networks.weight_bytes(self.itemsize)
         file_bytes = int(self.request.size.area * self.request.num_frames * FILE_BITS_PER_PIXEL / 8)
         return Plan(
@@ -238,6 +251,13 @@ class Planner:
             file_bytes=file_bytes,
             calibrated=self.calibration.measured,
         )
+
+    def _at_once(self, rows: tuple[Row, ...]) -> int:
+        """What the lanes of ``overlap`` make at the same time, and the chunk of pixels that waits between two."""
+        own = {row.phase: max(row.activation_bytes - row.resident_bytes, 0) for row in rows}
+        reference = max(own.get("motion decode", 0), own.get("reference", 0))
+        chunk = self.chunk_blocks * self.preset.grid.temporal_stride * self.request.size.area * FRAME_BYTES
+        return reference + own["refine"] + own["decode"] + own["write"] + chunk
 
     def _text(self) -> Row:
         prompts = 2 if max(self.request.guidance_scale, self.request.guidance_scale_2) > 1 else 1

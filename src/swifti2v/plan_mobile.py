@@ -12,7 +12,7 @@ from typing import Any
 
 from .core import UsageError
 from .costs_mobile import MOBILE, MobileNetworks, MotionFieldCost, read_mobile
-from .plan import FRAME_BYTES, Phase, Plan, Planner, Row
+from .plan import FRAME_BYTES, Phase, Planner, Row
 
 WARP_TRAFFIC = 30  # looking a frame up, as copies of it (FRAME_BYTES a pixel)
 
@@ -86,7 +86,9 @@ class MobilePlanner(Planner):
         return latents + 3 * self.request.size.area
 
 
-def plan_mobile(request: Any, preset: Any, calibration: Any, networks: MobileNetworks | None) -> Plan:
-    """The cost of ``request``; ``networks``: other ones than the preset's own."""
+def planner_of(
+    request: Any, preset: Any, calibration: Any, networks: MobileNetworks | None, overlap: bool
+) -> MobilePlanner:
+    """What prices ``request``; ``networks``: other ones than the preset's own."""
     known: Any = networks or networks_of_mobile(preset)
-    return MobilePlanner(request, preset, known, calibration).plan()
+    return MobilePlanner(request, preset, known, calibration, overlap)

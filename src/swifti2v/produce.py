@@ -6,14 +6,14 @@ so that a failure at any time leaves either nothing or a job to resume. Prints n
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,16 +21,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 
 from . import media, presets
+from .arrangement import Arrangement
 from .checkpoints import sha256
 from .core import Chunk, Event, RunError, UsageError
 from .journal import Job, Manifest
 from .order import Order, check_recorded, location, split_lora
 from .origin import Origin, record_of
+from .overlap import IN_TURN, Lanes
+from .trace import Trace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .mobile import MobileI2VPipeline
+    from .parallel import Ranks
     from .pipeline import SwiftI2VPipeline
 
     Pipeline = SwiftI2VPipeline | MobileI2VPipeline
@@ -49,29 +53,47 @@ class Unfinished(RunError):
     """A failure that leaves a job, with a line that says how to go on; its cause is what happened."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Loaded:
     """A pipeline, and what it was ``found`` to be when it was loaded: weights, versions and settings."""
 
-    pipe: Pipeline
+    pipe: Any
     found: dict[str, dict[str, str]]
 
 
-def load(manifest: Manifest, clock: _Clock) -> Loaded:
+def load(manifest: Manifest, clock: _Clock, ranks: Ranks | None = None) -> Loaded:
     """What makes the videos of ``manifest``, loaded and named. Raises UsageError or RunError, one line."""
-    pipe = _load(manifest, clock)
+    from .embeddings import Embeddings
+
+    loading = partial(_load, manifest, clock)
+    pipe: Any = loading() if ranks is None else ranks.lead(manifest, loading)
     found = pipe.fingerprint()
+    if manifest.inputs.cache is not None:
+        pipe.embeddings = Embeddings(Path(manifest.inputs.cache), found, partial(clock.say, "notice", "text"))
     for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
         found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
     return Loaded(pipe, found)
 
 
-def start(order: Order, emit: Emit, *, load: Loader = load, until: Until = "video", exact: bool = False) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Who does the work, and how far: ``lanes``, its stages at once or in turn; ``ranks``, the processes that share it,
+    of which this is the first (``parallel``); ``load``, who has the pipeline (one that is kept, maybe); ``until``
+    motion, Stage I alone, into the job, whose folder is then the result."""
+
+    lanes: Lanes = IN_TURN
+    ranks: Ranks | None = None
+    load: Loader = load
+    until: Until = "video"
+
+
+def start(order: Order, emit: Emit, execution: Execution = Execution(), *, exact: bool = False) -> Path:
     """Make the video of an order; returns the path of the file (of the preview, if that was asked for).
 
-    ``load``: who has the pipeline (one that is kept, maybe). ``until`` motion: Stage I alone, into the job, whose
-    folder is returned. ``exact``: refuse a name that is taken instead of numbering it.
+    ``exact``: refuse a name that is taken instead of numbering it.
     """
+    if order.preview:
+        execution = dataclasses.replace(execution, until="preview")
     target = media.unique_path(order.wanted)
     if exact and target != order.wanted:
         media.release(target)
@@ -86,24 +108,16 @@ def start(order: Order, emit: Emit, *, load: Loader = load, until: Until = "vide
     with job, _accountable(job, fresh=True):
         for line in order.notices:
             clock.say("notice", "image", line)
-        until = "preview" if order.preview else until
-        path = _make(job, job.manifest, clock, load, until=until, before=order.before)
+        path = _make(job, job.manifest, clock, execution, before=order.before)
     clock.say("completed", "write", str(path))
     return path
 
 
 def resume(
-    folder: Path,
-    emit: Emit,
-    *,
-    model: str | None = None,
-    force: bool = False,
-    load: Loader = load,
-    until: Until = "video",
+    folder: Path, emit: Emit, *, model: str | None = None, force: bool = False, execution: Execution = Execution()
 ) -> Path:
     """Continue an interrupted job under the settings it began with; ``model``: where its weights are now.
 
-    ``load`` and ``until`` as for ``start``.
     Raises UsageError, and leaves the job alone, if weights, libraries or settings differ (unless ``force``).
     """
     clock = _Clock(emit)
@@ -117,18 +131,23 @@ def resume(
         _clear_leftovers(job)
         with _accountable(job, fresh=False):
             before = job.manifest if begun else None
-            path = _make(job, manifest, clock, load, until=until, before=before, refuse=not force)
+            path = _make(job, manifest, clock, execution, before=before, refuse=not force)
     clock.say("completed", "write", str(path))
     return path
+
+
+def follow(ranks: Ranks) -> None:
+    """What every process but the first does: load what that one loads, and compute with it until it is done."""
+    silent = _Clock(lambda event: None)
+    ranks.follow(lambda manifest: _load(manifest, silent))
 
 
 def _make(
     job: Job,
     manifest: Manifest,
     clock: _Clock,
-    load: Loader,
+    execution: Execution,
     *,
-    until: Until,
     before: Origin | Manifest | None = None,
     refuse: bool = False,
 ) -> Path:
@@ -136,17 +155,17 @@ def _make(
 
     ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
     """
-    loaded = load(manifest, clock)
-    pipe = loaded.pipe
-    changes = list(differences(before, loaded.found)) if before is not None else []
+    loaded = execution.load(manifest, clock, execution.ranks)
+    pipe, found, until = loaded.pipe, loaded.found, execution.until
+    changes = list(differences(before, found)) if before is not None else []
     if changes and refuse:
         raise UsageError(f"this is not what the job began with: {'; '.join(changes)}; use --force to go on regardless")
     for line in changes:
         clock.say("notice", "load", f"not as before: {line}")
-    job.replace_manifest(manifest.model_copy(update=loaded.found))
+    job.replace_manifest(manifest.model_copy(update=found))
     if until == "motion":
         return _motion_alone(pipe, job, clock)
-    path = _preview(pipe, job, clock) if until == "preview" else _video(pipe, job, clock)
+    path = _preview(pipe, job, clock) if until == "preview" else _video(pipe, job, clock, execution.lanes)
     for line in job.notices:
         clock.say("notice", "write", line)
     if until == "preview":
@@ -174,14 +193,16 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from . import sources
+    from . import parts, sources
+    from .memory import FastPaths
 
     # Their bars would write over ours.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    settings, inputs = manifest.settings, manifest.inputs
+    settings, inputs, way = manifest.settings, manifest.inputs, arrangement(manifest)
+    load: Any = sources.load if way is None else partial(parts.load, arrangement=way)
     try:
-        return sources.load(
+        return load(
             presets.get(manifest.request.preset),
             model=inputs.model,
             device=settings.get("device"),
@@ -189,6 +210,7 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
             threads=int(settings["threads"]) if "threads" in settings else None,
             loras=[split_lora(text) for text in inputs.loras],
             loras_2=[split_lora(text) for text in inputs.loras_2],
+            fast=FastPaths.from_settings(settings),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UsageError):
@@ -197,14 +219,26 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
         raise RunError(f"cannot load the model ({manifest.model}): {reason}") from error
 
 
-def _video(pipe: Pipeline, job: Job, clock: _Clock) -> Path:
+def arrangement(manifest: Manifest) -> Arrangement | None:
+    """How the job is made to fit, if it is. UsageError for what another version wrote."""
+    if manifest.inputs.arrangement is None:
+        return None
+    try:
+        return Arrangement.from_json(manifest.inputs.arrangement)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"the job's arrangement cannot be read ({error}); start the clip anew") from None
+
+
+def _video(pipe: Pipeline, job: Job, clock: _Clock, lanes: Lanes) -> Path:
     manifest, request = job.manifest, job.manifest.request
     target = job.folder.parent / manifest.output
     if os.path.lexists(target):
         target = media.unique_path(target)
     low = _motion_pixels(pipe, manifest)
-    stream = pipe.stream(job.photo(), request, job=job, motion=low, emit=clock.forward)
-    frames = _frames(stream)
+    way = arrangement(manifest)
+    lanes = lanes if way is None or way.overlap else dataclasses.replace(lanes, overlap=False)
+    stream = pipe.stream(job.photo(), request, job=job, motion=low, emit=clock.forward, lanes=lanes)
+    frames = _frames(stream, lanes.trace)
     if target.suffix.lower() not in VIDEO_SUFFIXES:
         media.write_png_sequence(target, frames)
         return target
@@ -216,10 +250,11 @@ def _video(pipe: Pipeline, job: Job, clock: _Clock) -> Path:
     return target
 
 
-def _frames(chunks: Iterator[Chunk]) -> Iterator[Tensor]:
-    """The pixels alone; a chunk is let go before the next is made."""
+def _frames(chunks: Iterator[Chunk], trace: Trace | None) -> Iterator[Tensor]:
+    """The pixels alone; a chunk is let go before the next is made. What happens to it in between is its writing."""
     for chunk in chunks:
-        yield chunk.frames
+        with nullcontext() if trace is None else trace.span(f"write {chunk.segment}", lane="write"):
+            yield chunk.frames
         del chunk
 
 
@@ -241,7 +276,8 @@ def _preview(pipe: Any, job: Job, clock: _Clock) -> Path:
 def _motion_alone(pipe: Any, job: Job, clock: _Clock) -> Path:
     """Stage I into the job and nothing else: all its windows are kept before the first pixels are decoded."""
     if pipe.preset.stages == 2 and job.manifest.inputs.motion is None:
-        with contextlib.closing(pipe.motion(job.photo(), job.manifest.request, job=job, emit=clock.forward)) as frames:
+        low = pipe.motion(job.photo(), job.manifest.request, job=job, emit=clock.forward)
+        with closing(low) as frames:
             next(frames, None)
     return job.folder
 
@@ -254,7 +290,7 @@ def _motion_pixels(pipe: Pipeline, manifest: Manifest) -> Iterator[Tensor] | Non
     return islice(frames, request.num_frames)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _accountable(job: Job, *, fresh: bool) -> Iterator[None]:
     """After a failure of a ``fresh`` job with nothing in it nothing is left; else the error says how to go on."""
     try:
@@ -301,7 +337,7 @@ class _Clock:
         self._emit(Event(type, phase, seconds=round(time.monotonic() - self._begin, 3), message=message))
 
 
-Loader = Callable[[Manifest, _Clock], Loaded]
+Loader = Callable[[Manifest, _Clock, Any], Loaded]
 
 
 def _shown(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, cast
@@ -17,6 +18,7 @@ from torch import Tensor
 from . import presets
 from .core import Event, Request
 from .images import read_image
+from .overlap import Running, Stopped
 from .reference import fit_image
 from .segments import Window, windows
 from .stage_two import Sampling, Velocity, refine
@@ -126,13 +128,24 @@ def gathered(pipeline: Any, photo: Tensor, request: Request, on_step_end: Callab
 
 
 class Reporter:
-    """Turns what happens into ``Event``s with the seconds since the run began."""
+    """Turns what happens into ``Event``s with the seconds since the run began, one at a time whatever thread it is in.
 
-    def __init__(self, emit: Emit | None) -> None:
-        self._emit, self._begin = emit, time.monotonic()
+    Where the run has ended already, ``Stopped`` is raised instead: so its stages end between two steps.
+    """
+
+    def __init__(self, emit: Emit | None, running: Running | None = None) -> None:
+        self._emit, self._running, self._begin = emit, running, time.monotonic()
+        self._one_at_a_time = threading.Lock()
+
+    def span(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Tells the run's trace, if there is one, that what happens inside bears ``name``."""
+        return contextlib.nullcontext() if self._running is None else self._running.span(name)
 
     def __call__(
         self, type: Any, phase: str, segment: int = 0, step: int = 0, total: int = 0, message: str = ""
     ) -> None:
+        if self._running is not None and self._running.stopped():
+            raise Stopped(f"{phase}: the run has ended")
         if self._emit is not None:
-            self._emit(Event(type, phase, segment, step, total, time.monotonic() - self._begin, message))
+            with self._one_at_a_time:
+                self._emit(Event(type, phase, segment, step, total, time.monotonic() - self._begin, message))

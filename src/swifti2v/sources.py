@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,9 @@ from torch import nn
 from . import presets
 from .checkpoints import hash_files, some, tensor_names
 from .core import RunError, UsageError
+from .fast_paths import check_fast_paths, chosen, settle
 from .lora import Stage, load_lora
-from .memory import Placement, choose_placement, place
+from .memory import FastPaths, Placement, choose_placement, place
 from .models.camera_head import CameraHead
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
@@ -45,6 +47,7 @@ COMPONENTS = (CameraHead, MobileTransformer3DModel, NanoVAE, SwiftI2VTransformer
 WEIGHTS = tuple(
     f"{stem}.safetensors{index}" for stem in ("diffusion_pytorch_model", "model") for index in (".index.json", "")
 )
+WAN_COMPONENTS = ("transformer", "vae", "tokenizer", "text_encoder", "image_processor", "image_encoder")
 LIBRARIES = ("swifti2v", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
 
 
@@ -71,14 +74,17 @@ def load(
     threads: int | None = None,
     loras: Sequence[tuple[str, float]] = (),
     loras_2: Sequence[tuple[str, float]] = (),
+    fast: FastPaths | None = None,
 ) -> SwiftI2VPipeline | MobileI2VPipeline:
     """A pipeline ready to run, placed on ``device`` in ``dtype``, with LoRA files attached to either stage.
 
     ``model``: a folder (or hub repository) in diffusers layout written by the pipeline's ``save_pretrained``; for
     wan-refine also two Wan repositories joined by a comma, for mobile the folders of a converted checkpoint, an LTX VAE
-    and maybe a Turbo decoder. Raises UsageError if there are no weights to load.
+    and maybe a Turbo decoder. ``fast``: the transformers' fast paths. Raises UsageError if there are no weights to load
+    or a fast path is not possible here.
     """
     placement = choose_placement(device, dtype, threads)
+    check_fast_paths(fast or FastPaths(), preset.family, placement)
     self_check_conv3d(str(placement.device))
     if model is None and preset.folder is not None:
         model = preset.name
@@ -90,9 +96,9 @@ def load(
         for stage, files in attached:
             for index, (path, weight) in enumerate(files):
                 load_lora(pipeline, path, adapter_name=f"{stage}_{index}", weight=weight, stage=stage)
-    except UsageError as error:  # whether a file fits is known only here, after the weights
+        place_pipeline(pipeline, placement, fast)
+    except UsageError as error:  # whether a file or a kernel fits is known only here, after the weights
         raise RunError(str(error)) from None
-    place_pipeline(pipeline, placement)
     return pipeline
 
 
@@ -112,8 +118,7 @@ def _two_stages(preset: Preset, model: str | None, placement: Placement) -> Swif
     if model is not None and "," not in model:
         return SwiftI2VPipeline.from_pretrained(model)
     if preset.family == "wan-refine":
-        one, two = model.split(",", 1) if model is not None else (preset.stage_one, preset.stage_two)
-        return SwiftI2VPipeline.from_wan(one, two, preset=preset.name, torch_dtype=placement.dtype)
+        return SwiftI2VPipeline.from_wan(*wan_folders(preset, model), preset=preset.name, torch_dtype=placement.dtype)
     raise UsageError(f"preset {preset.name!r} has no public weights; {_help_for(preset)}")
 
 
@@ -135,9 +140,19 @@ def refuse_gaps(components: Mapping[str, Any], folder: Path) -> None:
             raise RunError(f"{name}/{file.name} has what a {type(module).__name__} does not have: {some(surplus)}")
 
 
-def place_pipeline(pipeline: SwiftI2VPipeline | MobileI2VPipeline, placement: Placement) -> None:
-    """Transformers and VAEs in the placement's dtype (their own float32 parts kept), encoders as loaded."""
-    for name in ("transformer", "transformer_2", "vae", "vae_2", "decoder"):
+def place_pipeline(
+    pipeline: SwiftI2VPipeline | MobileI2VPipeline, placement: Placement, fast: FastPaths | None = None
+) -> None:
+    """Transformers and VAEs in the placement's dtype (their own float32 parts kept), encoders as loaded.
+
+    ``fast``: the transformers' fast paths, set here; what was chosen is in the pipeline's placement.
+    """
+    parts = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    transformers = [part for part in parts if part is not None]
+    placement = dataclasses.replace(placement, fast=chosen(fast or FastPaths(), transformers, placement))
+    for transformer in transformers:
+        settle(transformer, placement)
+    for name in ("vae", "vae_2", "decoder"):
         place(getattr(pipeline, name, None), placement.device, placement.dtype)
     for name in ("text_encoder", "image_encoder", "camera"):
         place(getattr(pipeline, name, None), placement.device)
@@ -172,7 +187,7 @@ def fingerprint(sources: Sequence[Path], placement: Placement | None) -> dict[st
         except PackageNotFoundError:
             versions[library] = "not installed"
     settings = placement.settings() if placement is not None else {}
-    settings["attention"] = _attention_backend()
+    settings.setdefault("attention", _attention_backend())
     return {"model_hashes": hashes, "versions": versions, "settings": settings}
 
 
@@ -182,28 +197,42 @@ def _attention_backend() -> str:
     return str(_AttentionBackendRegistry.get_active_backend()[0].value)
 
 
+def wan_folders(preset: Preset, model: str | None) -> tuple[Path, Path]:
+    """The folders of two public Wan checkpoints: ``model``'s two, joined by a comma, or the preset's own."""
+    one, two = model.split(",", 1) if model is not None else (preset.stage_one, preset.stage_two)
+    return local_folder(one), local_folder(two)
+
+
+def wan_component(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """One component of a Wan image-to-video pipeline; None if the folder does not have it. RunError if it has gaps."""
+    if not (folder / name).is_dir():
+        return None
+    part = _read_wan(folder, name, dtype)
+    refuse_gaps({name: part}, folder)
+    return part
+
+
+def _read_wan(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    if name == "transformer":
+        return WanTransformer3DModel.from_pretrained(folder, subfolder=name, torch_dtype=dtype)
+    if name == "vae":
+        return AutoencoderKLWan.from_pretrained(folder, subfolder=name, torch_dtype=torch.float32)
+    from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    if name == "text_encoder":
+        return UMT5EncoderModel.from_pretrained(folder / name, dtype=dtype)
+    if name == "image_encoder":
+        return CLIPVisionModel.from_pretrained(folder / name, dtype=torch.float32)
+    return {"tokenizer": AutoTokenizer, "image_processor": CLIPImageProcessorPil}[name].from_pretrained(folder / name)
+
+
 def _wan_components(source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, DiffusionPipeline):
         return dict(source.components)
-    folder = local_folder(str(source))
-    dtype = kwargs.get("torch_dtype", torch.bfloat16)
-    found: dict[str, Any] = {
-        "transformer": WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype),
-        "vae": AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32),
-    }
-    if (folder / "text_encoder").is_dir():
-        from transformers import AutoTokenizer, UMT5EncoderModel
-
-        found["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        found["text_encoder"] = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-    if (folder / "image_encoder").is_dir():
-        from transformers import CLIPVisionModel
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        found["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
-        found["image_encoder"] = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32)
-    refuse_gaps(found, folder)
-    return found
+    folder, dtype = local_folder(str(source)), kwargs.get("torch_dtype", torch.bfloat16)
+    found = {name: wan_component(folder, name, dtype) for name in WAN_COMPONENTS}
+    return {name: part for name, part in found.items() if part is not None}
 
 
 def _help_for(preset: Preset) -> str:

@@ -23,7 +23,7 @@ from .models.causal_vae import StreamingVAE, encode_stream
 from .models.mobile_dit import MobileTransformer3DModel
 from .reference import static_video, zero_video
 from .segments import CSG, Window, motion_windows
-from .stage_two import Sampling, Velocity, dit_velocity, guided, model_dtype, refine
+from .stage_two import Sampling, Velocity, Witness, dit_velocity, guided, model_dtype, refine
 
 WAN_CSG = CSG(neighbor_reference="generated", renoised="context", rope_positions="window")
 """How Wan2.1-I2V continues a clip: finished blocks re-noised to the current level (it knows one timestep
@@ -90,6 +90,7 @@ def motion_latents(
         plan.seed,
         csg.model_copy(update={"round_timesteps_bf16": plan.round_timesteps_bf16}),
         stage="stage_one",
+        witness=plan.witness,
     )
     velocity = motion_velocity(transformer, conditions, sampling.csg, plan.trained_blocks)
     anchors: list[Tensor] = []
@@ -116,7 +117,7 @@ def motion_latents(
 
 @dataclass(frozen=True)
 class MotionPlan:
-    """The length and sampling of one Stage I run."""
+    """The length and sampling of one Stage I run; ``witness`` as in ``stage_two.Sampling``."""
 
     num_blocks: int
     steps: int
@@ -126,6 +127,7 @@ class MotionPlan:
     overlap_blocks: int = 5
     strength: float = 1.0
     round_timesteps_bf16: bool = False
+    witness: Witness | None = None
 
     @property
     def num_windows(self) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,23 +16,32 @@ from torch import Tensor, nn
 from . import flow
 from .core import RunError
 from .models.mobile_dit import MobileTransformer3DModel
-from .models.wan import SwiftI2VTransformer3DModel, rope_frames
+from .models.wan import ReferenceTokens, SwiftI2VTransformer3DModel, rope_frames
 from .noise import blocks_noise
 from .segments import CSG, Window
 
 Velocity = Callable[[Tensor, float, Window, Tensor], Tensor]
 """(x, sigma, window, reference) -> velocity; x and reference are (b, c, len(window.blocks), h, w)."""
 
+Witness = Callable[[Velocity, int], Velocity]
+"""(velocity, number of the segment) -> the same velocity without its fast paths; says so to whoever listens."""
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How segments are denoised: descending ``levels``, the noise's ``seed`` and ``stage``, and the CSG policy."""
+    """How segments are denoised: descending ``levels``, the noise's ``seed`` and ``stage``, and the CSG policy.
+
+    ``witness``: the slow path by which a segment is made again that the fast ones left not finite; None if there are
+    no fast ones. Each segment is tried the fast way first, whatever became of the ones before: a resumed run, which
+    has not seen those, must choose alike.
+    """
 
     levels: tuple[float, ...]
     seed: int
     csg: CSG
     stage: Literal["stage_one", "stage_two"] = "stage_two"
     sampler: Literal["euler", "renoise"] = "euler"
+    witness: Witness | None = None
 
 
 def refine(
@@ -70,9 +78,7 @@ def refine(
         else:
             start = starts.gather(window.segment)[:, :channels]
             x = _Segment(window, sampling, outputs, references.gather(window.blocks), start)
-            segment = x.denoise(velocity, None if on_step is None else _bind(on_step, number))
-            if not bool(torch.isfinite(segment).all()):
-                raise RunError(f"segment {number + 1} is not finite (NaN or infinity); try --dtype float32")
+            segment = x.finite(velocity, number, None if on_step is None else _bind(on_step, number))
         outputs.update(zip(window.segment, segment.split(1, dim=2), strict=True))
         yield segment
         following = plan[number + 1].context if number + 1 < len(plan) else ()
@@ -91,7 +97,7 @@ def dit_velocity(
     guidance_scale: float = 1.0,
     negative_text: Tensor | None = None,
     motion_score: float | None = None,
-) -> Velocity:
+) -> DitVelocity:
     """The velocity of a Stage II DiT (or nano's Stage I): per-block timesteps, block positions, reference channels.
 
     A DiT without reference channels (the public TI2V-5B) is given none. ``guidance_scale`` above 1 runs the
@@ -101,21 +107,44 @@ def dit_velocity(
     takes_reference = transformer.config.in_channels != transformer.config.out_channels or getattr(
         transformer.config, "reference_channels", 0
     )
-    predict = _with_positions if isinstance(transformer, POSITIONED) else _stock
-    if motion_score is not None:
-        predict = partial(_with_positions, motion_score=motion_score)
+    predict: Callable[..., Tensor] = _with_positions if isinstance(transformer, POSITIONED) else _stock
+    splits = isinstance(transformer, SwiftI2VTransformer3DModel) and transformer.embeds_jointly is None
 
-    def velocity(x: Tensor, sigma: float, window: Window, reference: Tensor) -> Tensor:
+    def field(x: Tensor, sigma: float, window: Window, reference: Tensor, kept: ReferenceTokens | None) -> Tensor:
         positions = window.positions(csg.rope_positions, trained_blocks)
         timestep = _timesteps(window.sigmas(sigma, csg), x, csg)
         extra = reference if takes_reference else None
+        told: dict[str, Any] = {"reference_tokens": kept} if kept is not None and splits else {}
+        if motion_score is not None:
+            told["motion_score"] = x.new_full(x.shape[:1], motion_score, dtype=torch.float32)
 
         def run(embeds: Tensor | None) -> Tensor:
-            return predict(transformer, x, timestep, embeds, positions, extra).float()
+            return predict(transformer, x, timestep, embeds, positions, extra, **told).float()
 
         return guided(run, text, negative_text, guidance_scale)
 
-    return velocity
+    return DitVelocity(field)
+
+
+class DitVelocity:
+    """A DiT's velocity: a ``Velocity`` that remembers nothing, and one for each segment that keeps what stays the same.
+
+    What stays is the reference's half of the patch embedding: the same for all steps of a segment, with guidance for
+    both passes. A 2K window of 17,600 tokens saves 21 GFLOP of 271 TFLOP a pass, and holds 108 MB of bf16. That is
+    next to nothing; what pays is that each half is a matrix product, where the whole is a convolution.
+    """
+
+    def __init__(self, field: Callable[[Tensor, float, Window, Tensor, ReferenceTokens | None], Tensor]) -> None:
+        self._field = field
+
+    def __call__(self, x: Tensor, sigma: float, window: Window, reference: Tensor) -> Tensor:
+        """The slow witness: everything anew in every step."""
+        return self._field(x, sigma, window, reference, None)
+
+    def for_segment(self) -> Velocity:
+        """The same for the steps of one segment. What it keeps dies with it."""
+        kept = ReferenceTokens()
+        return lambda x, sigma, window, reference: self._field(x, sigma, window, reference, kept)
 
 
 def guided(
@@ -139,15 +168,16 @@ def _with_positions(
     text: Tensor | None,
     positions: tuple[int, ...],
     reference: Tensor | None,
-    motion_score: float | None = None,
+    **told: Any,
 ) -> Tensor:
     dtype = model_dtype(transformer)
-    told = {} if motion_score is None else {"motion_score": x.new_full(x.shape[:1], motion_score, dtype=torch.float32)}
+    if reference is not None and "reference_tokens" not in told:  # those know it by its being the same tensor
+        reference = reference.to(dtype)
     return transformer(
         hidden_states=x.to(dtype),
         timestep=timestep,
         encoder_hidden_states=None if text is None else text.to(x.device, dtype),
-        reference_hidden_states=None if reference is None else reference.to(dtype),
+        reference_hidden_states=reference,
         frame_indices=torch.tensor(positions, device=x.device),
         return_dict=False,
         **told,
@@ -194,6 +224,10 @@ def _bind(on_step: Callable[[int, int], None], number: int) -> Callable[[int], N
     return lambda step: on_step(number, step)
 
 
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
+
+
 class _Segment:
     """One segment being denoised inside its window."""
 
@@ -210,8 +244,18 @@ class _Segment:
             parts = [reference[:, :, :first], *generated, reference[:, :, len(self.context) :]]
             self.reference = torch.cat(parts, dim=2)
 
+    def finite(self, velocity: Velocity, number: int, on_step: Callable[[int], None] | None) -> Tensor:
+        """The segment, made a second time by the witness if it is not finite. RunError if it is not even so."""
+        segment = self.denoise(velocity, on_step)
+        if not _is_finite(segment) and self.sampling.witness is not None:
+            segment = self.denoise(self.sampling.witness(velocity, number), on_step)
+        if not _is_finite(segment):
+            raise RunError(f"segment {number + 1} is not finite (NaN or infinity); try --dtype float32")
+        return segment
+
     def denoise(self, velocity: Velocity, on_step: Callable[[int], None] | None) -> Tensor:
         sampling = self.sampling
+        velocity = velocity.for_segment() if isinstance(velocity, DitVelocity) else velocity
         noise = self._noise(self.window.segment)
         x = flow.add_noise(self.start, noise, sampling.levels[0])
 

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from swifti2v import media, order, produce
-from swifti2v.batch.command import Asked, run
+from swifti2v.batch.command import run
 from swifti2v.batch.scheduler import Tally
 from swifti2v.batch.state import LEDGER, Record
 from swifti2v.batch.words import LineEvent
-from swifti2v.options import Options
+from swifti2v.options import BatchOptions, Options
 from swifti2v.tiny import tiny_pipeline
 
 SAID = {"image": "photo.png", "prompt": "slow pan left", "preset": "tiny-nano", "size": "128x64", "num_frames": 25}
@@ -61,7 +61,7 @@ def batch(jobs: Path, emit: Any = None, **asked: Any) -> tuple[Tally, list[LineE
         if emit is not None:
             emit(event)
 
-    return run(Asked(str(jobs), **{"model": str(jobs.parent / "weights"), **asked}), hear), events
+    return run(BatchOptions(str(jobs), **{"model": str(jobs.parent / "weights"), **asked}), hear), events
 
 
 def segments_in(job: Path) -> set[tuple[str, int]]:

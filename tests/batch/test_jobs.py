@@ -13,11 +13,12 @@ from clips import SAID, furnish, write_jobs
 from typer.testing import CliRunner
 
 from swifti2v import cli
-from swifti2v.batch.command import Asked, places_of
+from swifti2v.batch.command import places_of
 from swifti2v.batch.planning import Batch, plan_batch
 from swifti2v.batch.state import LEDGER, Held, Record, State
 from swifti2v.batch.words import Capacity
 from swifti2v.core import UsageError
+from swifti2v.options import BatchOptions
 
 
 @pytest.fixture(scope="module")
@@ -169,21 +170,23 @@ def test_two_runs_at_once_are_refused(here: Path) -> None:
 
 def test_places() -> None:
     two = Capacity(cpus=8, gpus=0, cpus_each=8)
-    assert [(p.device, p.threads, p.stage) for p in places_of(Asked("j", workers=2), two)] == [("cpu", 4, "whole")] * 2
-    staged = places_of(Asked("j", stage_workers="1,2"), two)
+    assert [(p.device, p.threads, p.stage) for p in places_of(BatchOptions("j", workers=2), two)] == [
+        ("cpu", 4, "whole")
+    ] * 2
+    staged = places_of(BatchOptions("j", stage_workers="1,2"), two)
     assert [(p.stage, p.threads) for p in staged] == [("motion", 2), ("rest", 2), ("rest", 2)]
     gpus = Capacity(cpus=8, gpus=4, cpus_each=8)
     cluster = Capacity(cpus=24, gpus=0, cpus_each=4)
-    assert [p.threads for p in places_of(Asked("j", engine="ray", workers=3), cluster)] == [4, 4, 4]
-    assert [p.device for p in places_of(Asked("j"), gpus)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
-    assert [p.device for p in places_of(Asked("j", engine="ray"), gpus)] == ["cuda"] * 4
-    assert [p.device for p in places_of(Asked("j", devices="cpu"), gpus)] == ["cpu"]
+    assert [p.threads for p in places_of(BatchOptions("j", engine="ray", workers=3), cluster)] == [4, 4, 4]
+    assert [p.device for p in places_of(BatchOptions("j"), gpus)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert [p.device for p in places_of(BatchOptions("j", engine="ray"), gpus)] == ["cuda"] * 4
+    assert [p.device for p in places_of(BatchOptions("j", devices="cpu"), gpus)] == ["cpu"]
     with pytest.raises(UsageError, match="5 workers are more than the 4 devices; ask for 4"):
-        places_of(Asked("j", workers=5), gpus)
+        places_of(BatchOptions("j", workers=5), gpus)
     with pytest.raises(UsageError, match="9 workers are more than the 8 CPUs that Ray has"):
-        places_of(Asked("j", engine="ray", workers=9), two)
+        places_of(BatchOptions("j", engine="ray", workers=9), two)
     with pytest.raises(UsageError, match="cuda:77"):
-        places_of(Asked("j", devices="cuda:77"), gpus)
+        places_of(BatchOptions("j", devices="cuda:77"), gpus)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import UsageError
+from ..options import BatchOptions
 from .engine_local import LocalEngine
 from .planning import Batch, plan_batch
 from .scheduler import Tally, schedule
@@ -17,55 +17,40 @@ from .words import Capacity, Emit, Engine, LineEvent, Place
 ENGINES = ("local", "ray")
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a batch can be told. Raises UsageError for what cannot be meant.
-
-    ``workers``: how many (default: one for each GPU, else one); ``devices``: "cuda:0,cuda:1", one worker for each;
-    ``stage_workers``: "A,B", A that make Stage I and B that make the rest; ``address``: of a Ray cluster.
-    """
-
-    jobs: str
-    engine: str = "local"
-    workers: int | None = None
-    devices: str | None = None
-    stage_workers: str | None = None
-    address: str | None = None
-    model: str | None = None
-    attempts: int = 4
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UsageError(f"engine {self.engine!r} is not known; use {' or '.join(ENGINES)}")
-        if self.engine == "local" and self.address is not None:
-            raise UsageError("--address is that of a Ray cluster; use it with --engine ray")
-        if self.engine == "ray" and self.devices is not None:
-            raise UsageError("--devices is for --engine local; Ray gives each worker its own device")
-        if self.workers is not None and not 1 <= self.workers <= 1024:
-            raise UsageError(f"workers {self.workers} is not between 1 and 1024")
-        if self.workers is not None and self.stage_workers is not None:
-            raise UsageError("--workers and --stage-workers both say how many; give one of them")
-        if not 1 <= self.attempts <= 1000:
-            raise UsageError(f"attempts {self.attempts} is not between 1 and 1000")
-        _ = self.stages  # refuses what it cannot read
-
-    @property
-    def stages(self) -> tuple[int, int] | None:
-        """How many workers make Stage I and how many the rest; None: all make whole clips."""
-        if self.stage_workers is None:
-            return None
-        first, comma, second = self.stage_workers.partition(",")
-        counts = [int(text) if text.strip().isdecimal() and len(text) < 5 else 0 for text in (first, second)]
-        if not comma or min(counts) < 1:
-            raise UsageError(f"stage workers {self.stage_workers!r} are not two numbers from 1 on, e.g. 1,3")
-        return counts[0], counts[1]
+def check(asked: BatchOptions) -> None:
+    """UsageError for what cannot be meant."""
+    if asked.engine not in ENGINES:
+        raise UsageError(f"engine {asked.engine!r} is not known; use {' or '.join(ENGINES)}")
+    if asked.engine == "local" and asked.address is not None:
+        raise UsageError("--address is that of a Ray cluster; use it with --engine ray")
+    if asked.engine == "ray" and asked.devices is not None:
+        raise UsageError("--devices is for --engine local; Ray gives each worker its own device")
+    if asked.workers is not None and not 1 <= asked.workers <= 1024:
+        raise UsageError(f"workers {asked.workers} is not between 1 and 1024")
+    if asked.workers is not None and asked.stage_workers is not None:
+        raise UsageError("--workers and --stage-workers both say how many; give one of them")
+    if not 1 <= asked.attempts <= 1000:
+        raise UsageError(f"attempts {asked.attempts} is not between 1 and 1000")
+    stages_of(asked)
 
 
-def run(asked: Asked, emit: Emit) -> Tally:
+def stages_of(asked: BatchOptions) -> tuple[int, int] | None:
+    """How many workers make Stage I and how many the rest; None: all make whole clips."""
+    if asked.stage_workers is None:
+        return None
+    first, comma, second = asked.stage_workers.partition(",")
+    counts = [int(text) if text.strip().isdecimal() and len(text) < 5 else 0 for text in (first, second)]
+    if not comma or min(counts) < 1:
+        raise UsageError(f"stage workers {asked.stage_workers!r} are not two numbers from 1 on, e.g. 1,3")
+    return counts[0], counts[1]
+
+
+def run(asked: BatchOptions, emit: Emit) -> Tally:
     """Make every clip of the jobs file that is not there; what has been made before counts as made.
 
     Raises UsageError before any worker starts.
     """
+    check(asked)
     file = Path(asked.jobs).expanduser()
     if not file.is_file():
         raise UsageError(f"jobs file {asked.jobs!r} does not exist")
@@ -85,7 +70,7 @@ def run(asked: Asked, emit: Emit) -> Tally:
 
 
 @contextmanager
-def _engine(asked: Asked) -> Iterator[Engine]:
+def _engine(asked: BatchOptions) -> Iterator[Engine]:
     if asked.engine == "ray":
         from .engine_ray import RayEngine
 
@@ -98,9 +83,9 @@ def _engine(asked: Asked) -> Iterator[Engine]:
         engine.close()
 
 
-def places_of(asked: Asked, there: Capacity) -> list[Place]:
+def places_of(asked: BatchOptions, there: Capacity) -> list[Place]:
     """Where workers are to be. CPU threads are shared out evenly: a clip's bits depend on how many it had."""
-    stages = asked.stages
+    stages = stages_of(asked)
     wanted = sum(stages) if stages is not None else asked.workers
     devices = _devices(asked, there)
     if devices is None:
@@ -120,7 +105,7 @@ def places_of(asked: Asked, there: Capacity) -> list[Place]:
     ]
 
 
-def _devices(asked: Asked, there: Capacity) -> list[str] | None:
+def _devices(asked: BatchOptions, there: Capacity) -> list[str] | None:
     """One for each worker; None: the CPU for all."""
     if asked.devices is None:
         number = range(there.gpus)

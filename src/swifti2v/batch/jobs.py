@@ -20,7 +20,7 @@ from ..core import UsageError
 from ..options import Options
 
 MAX_BYTES, MAX_LINES, SHOWN = 64 * 2**20, 100_000, 20
-_PATHS = ("image", "motion", "output")
+_PATHS = ("image", "motion", "output", "cache")
 # How the whole batch runs, or what makes no sense for one of many.
 _NOT_A_LINES = {
     "device": "give --devices to the batch",
@@ -28,6 +28,9 @@ _NOT_A_LINES = {
     "json": "give it to the batch",
     "quiet": "give it to the batch",
     "debug": "give it to the batch",
+    "in_turn": "a batch's stages always work in turn",
+    "trace": "use swifti2v generate",
+    "context_parallel": "a clip of a batch is made by one worker",
     "dry_run": "use swifti2v plan",
     "preview": "use swifti2v generate",
 }

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from .. import media, mobile, pipeline, presets, produce  # noqa: F401  # a worker that is ready has all it needs
-from ..core import Event, RunError, UsageError
+from ..core import Event, Request, RunError, UsageError
 from ..journal import KINDS, LOCK, MANIFEST, PHOTO, Job, Manifest, lock_folder
-from ..memory import choose_placement, place
+from ..memory import FastPaths, choose_placement, place
 from ..order import prepare
 from ..origin import origin_of
 from ..produce import VIDEO_SUFFIXES, Loaded
@@ -48,25 +48,31 @@ class Keeper:
     def __init__(self, where: Place) -> None:
         self._where = where
         self._key: object = None
+        self._fast: set[FastPaths] = set()
         self._kept: Loaded | None = None
 
-    def __call__(self, manifest: Manifest, clock: Any) -> Loaded:
-        """What ``produce.load`` would return, loaded now or before."""
+    def __call__(self, manifest: Manifest, clock: Any, ranks: object = None) -> Loaded:
+        """What ``produce.load`` would return, loaded now or before. What is arranged to fit is loaded every time."""
         settings, inputs = manifest.settings, manifest.inputs
         threads = int(settings["threads"]) if "threads" in settings else None
         placement = choose_placement(settings.get("device"), settings.get("dtype", "auto"), threads)
-        weights = (manifest.request.preset, inputs.model, inputs.loras, inputs.loras_2)
+        weights = (manifest.request.preset, inputs.model, inputs.loras, inputs.loras_2, inputs.cache)
         key = (weights, str(placement.device), placement.dtype, placement.threads)
-        if self._kept is None or key != self._key:
+        fast = FastPaths.from_settings(settings)
+        if self._kept is None or key != self._key or fast not in self._fast or inputs.arrangement is not None:
             self._kept = self._key = None  # let go before the next is loaded
-            self._kept, self._key = self._lightened(produce.load(manifest, clock)), key
+            self._kept = produce.load(manifest, clock)
+            if inputs.arrangement is None:
+                self._lighten(self._kept)
+                self._key = key
+            # A new job says "auto" where a begun one says what that was.
+            self._fast = {fast, FastPaths.from_settings(self._kept.found["settings"])}
         return self._kept
 
-    def _lightened(self, loaded: Loaded) -> Loaded:
+    def _lighten(self, loaded: Loaded) -> None:
         spare = {"motion": "transformer_2", "rest": "transformer"}.get(self._where.stage)
         if spare is not None and loaded.pipe.preset.stages == 2:
             place(getattr(loaded.pipe, spare), torch.device("meta"))
-        return loaded
 
 
 def work(task: Task, where: Place, keeper: Keeper, emit: Emit) -> Outcome:
@@ -90,23 +96,28 @@ def _made(task: Task, where: Place, keeper: Keeper, emit: Emit) -> Outcome:
     begun = (clip.folder / MANIFEST).is_file()
     if task.stage == "rest" and clip.staged and not (begun and _has_motion(clip)):
         return Outcome("unready", message="the journal lacks windows of Stage I")
-    until: produce.Until = "motion" if task.stage == "motion" else "video"
+    execution = produce.Execution(load=keeper, until="motion" if task.stage == "motion" else "video")
     if begun:
-        path = produce.resume(clip.folder, emit, model=clip.options.model, load=keeper, until=until)
+        path = produce.resume(clip.folder, emit, model=clip.options.model, execution=execution)
     else:
-        path = _started(clip, where, keeper, emit, until)
-    return Outcome("motion" if until == "motion" else "made", path=str(path))
+        path = _started(clip, where, emit, execution)
+    return Outcome("motion" if task.stage == "motion" else "made", path=str(path))
 
 
-def _started(clip: Clip, where: Place, keeper: Keeper, emit: Emit, until: produce.Until) -> Path:
+def _started(clip: Clip, where: Place, emit: Emit, execution: produce.Execution) -> Path:
     device = "cuda" if where.device is not None and where.device.startswith("cuda") else where.device
     options = dataclasses.replace(clip.options, device=device, threads=where.threads)
     order = dataclasses.replace(prepare(options), wanted=clip.target)
-    if order.manifest.request != clip.request:
+    if not _alike(order.manifest.request, clip.request):
         raise UsageError(
             f"line {clip.line}: a file that it names has changed since it was checked; run the batch again"
         )
-    return produce.start(order, emit, load=keeper, until=until, exact=True)
+    return produce.start(order, emit, execution, exact=True)
+
+
+def _alike(one: Request, other: Request) -> bool:
+    """The same clip. When the reference is encoded may depend on a worker's memory, and changes nothing."""
+    return one == other.model_copy(update={"encode": one.encode})
 
 
 def _has_motion(clip: Clip) -> bool:
@@ -149,7 +160,7 @@ def _is_this(clip: Clip) -> bool:
         return sum(1 for _ in clip.target.glob("*.png")) == clip.request.num_frames
     if clip.options.no_metadata:
         return media.probe(clip.target).frames == clip.request.num_frames
-    return origin_of(clip.target).request == clip.request
+    return _alike(origin_of(clip.target).request, clip.request)
 
 
 def _sweep(clip: Clip, *, keep: bool = False) -> None:

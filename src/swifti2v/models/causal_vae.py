@@ -17,7 +17,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .tiled_decoder import TileCaches, Tiling, decode_tiled
+from .tiled_decoder import Tiling, decode_tiled
+from .tiled_encoder import EncoderTiling, encode_tiled
+from .tiles import TileCaches
 
 FeatureCache = list[Any]  # one entry per causal convolution: None, a tensor, or diffusers' marker "Rep"
 
@@ -61,8 +63,9 @@ class WanStreamingVAE:
     """``AutoencoderKLWan`` (Wan2.1 and Wan2.2) as a ``StreamingVAE``. Holds the VAE, no state of any stream.
 
     ``tiles`` = (rows, columns): decode the last layers tile by tile with a halo, exactly (tiled_decoder.py), for
-    less memory; None decodes whole. ``split``: how many up-blocks run whole before the tiles.
-    ``cache_device``: where the caches of waiting tiles are parked; None leaves them where they are.
+    less memory; None decodes whole. ``split``: how many up-blocks run whole before the tiles. ``cache_device``: where
+    what waits for its tile is parked (caches, what the front gave); None: it stays. ``encoder_*``: the same for the
+    encoder's first ``encoder_split`` levels (tiled_encoder.py). ``costs_tiles`` knows what each arrangement takes.
     """
 
     def __init__(
@@ -71,6 +74,9 @@ class WanStreamingVAE:
         tiles: tuple[int, int] | None = None,
         split: int = 2,
         cache_device: torch.device | str | None = None,
+        encoder_tiles: tuple[int, int] | None = None,
+        encoder_split: int = 1,
+        encoder_cache_device: torch.device | str | None = None,
     ) -> None:
         config: Any = vae.config
         self.vae: Any = vae
@@ -79,7 +85,13 @@ class WanStreamingVAE:
         self.temporal_stride: int = 2 ** sum(config.temperal_downsample)
         self.latents_mean = torch.tensor(config.latents_mean, dtype=torch.float32)
         self.latents_std = torch.tensor(config.latents_std, dtype=torch.float32)
-        self.tiling = None if tiles is None else Tiling.of(vae.decoder, *tiles, split=split, cache_device=cache_device)
+        self.tiling, self.encoder_tiling = None, None
+        if tiles is not None:
+            self.tiling = Tiling.of(vae.decoder, *tiles, split=split, cache_device=cache_device)
+        if encoder_tiles is not None:
+            self.encoder_tiling = EncoderTiling.of(
+                vae.encoder, *encoder_tiles, split=encoder_split, cache_device=encoder_cache_device
+            )
 
     @torch.no_grad()
     def encode_chunk(
@@ -92,12 +104,14 @@ class WanStreamingVAE:
         groups, rest = divmod(x.shape[2] - head, self.temporal_stride)
         if rest or x.shape[2] == 0:
             raise ValueError(f"{x.shape[2]} frames are not {head} + a multiple of {self.temporal_stride}")
-        moments = []
         # One group per call, also through quant_conv: the arithmetic then cannot depend on the chunking.
-        for group in x.split([1] * head + [self.temporal_stride] * groups, dim=2):
-            moments.append(self.vae.quant_conv(self.vae.encoder(group, feat_cache=state.cache, feat_idx=[0])))
-            state.first = False
-        return torch.cat([m.chunk(2, dim=1)[0] for m in moments], dim=2), state
+        parts = list(x.split([1] * head + [self.temporal_stride] * groups, dim=2))
+        if self.encoder_tiling is not None:
+            encoded = encode_tiled(self.vae.encoder, parts, (state.cache, state.tiles), self.encoder_tiling)
+        else:
+            encoded = [self.vae.encoder(part, feat_cache=state.cache, feat_idx=[0]) for part in parts]
+        state.first = False
+        return torch.cat([self.vae.quant_conv(moments).chunk(2, dim=1)[0] for moments in encoded], dim=2), state
 
     @torch.no_grad()
     def decode_chunk(

@@ -1,6 +1,6 @@
 """Wan's video DiT for windows: positions and noise levels are data, the reference joins along channels.
 
-``SwiftI2VTransformer3DModel`` is diffusers' ``WanTransformer3DModel`` with three more things to say in a forward
+``SwiftI2VTransformer3DModel`` is diffusers' ``WanTransformer3DModel`` with four more things to say in a forward
 pass; weights, names, hooks, LoRA, quantization and attention dispatch are inherited, and checkpoints are
 interchangeable. It serves Stage II (TI2V-5B widened by ``from_wan``) and, with the image arguments, Stage I
 (Wan2.1-I2V). ``rope_frames`` gives positions to the unmodified stock class. This module knows no schedules,
@@ -9,7 +9,7 @@ no segments and no files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 # DiffusionPipeline.from_pretrained looks ModelMixin up in the module that defines a component.
-__all__ = ["ModelMixin", "SwiftI2VTransformer3DModel", "SwiftI2VTransformerBlock", "rope_frames"]
+__all__ = ["ModelMixin", "ReferenceTokens", "SwiftI2VTransformer3DModel", "SwiftI2VTransformerBlock", "rope_frames"]
 
 
 class SwiftI2VTransformer3DModel(WanTransformer3DModel):
@@ -88,6 +88,7 @@ class SwiftI2VTransformer3DModel(WanTransformer3DModel):
         )
         self.register_to_config(num_layers=num_layers)  # the parent has just registered its own 0
         time, height, width = patch_size
+        self.patch_embedding: nn.Conv3d = PatchEmbedding.of(self.patch_embedding)
         self.rope = SwiftI2VRotaryPosEmbed(attention_head_dim, (time, height, width), rope_max_seq_len)
         inner = num_attention_heads * attention_head_dim
         layer: Any = (inner, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
@@ -102,6 +103,7 @@ class SwiftI2VTransformer3DModel(WanTransformer3DModel):
         encoder_hidden_states_image: Float[Tensor, "b i e"] | None = None,
         reference_hidden_states: Float[Tensor, "b r t h w"] | None = None,
         frame_indices: Int64[Tensor, " t"] | None = None,
+        reference_tokens: ReferenceTokens | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple[Float[Tensor, "b o t h w"]]:
@@ -110,19 +112,13 @@ class SwiftI2VTransformer3DModel(WanTransformer3DModel):
         ``timestep`` = 1000 * sigma: one per block (b, t), or one per item (b,); one per token (b, tokens) is
         taken too and needed under context parallelism unless the ranks divide the blocks.
         ``frame_indices``: temporal position of every block, in [0, rope_max_seq_len); None means 0, 1, 2...
+        ``reference_tokens``: keeps the reference's half of the patch embedding between passes with the same
+        ``reference_hidden_states``; without it both halves are embedded together, every time.
         Raises ValueError if latent and reference channels do not add up to ``in_channels``.
         """
-        if reference_hidden_states is not None:
-            hidden_states = torch.cat([hidden_states, reference_hidden_states.to(hidden_states.dtype)], dim=1)
-        config: Any = self.config
-        if hidden_states.shape[1] != config.in_channels:
-            raise ValueError(
-                f"{hidden_states.shape[1]} latent and reference channels together; this model takes "
-                f"{config.in_channels} (are the reference latents missing?)"
-            )
         grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.rope.patch_size, strict=True)]
         rotary_emb = self.rope(hidden_states, frame_indices)
-        tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        tokens = self._embedded(hidden_states, reference_hidden_states, reference_tokens)
         temb, modulation, context, image_context = self.condition_embedder(
             timestep.flatten(),
             encoder_hidden_states,
@@ -164,6 +160,34 @@ class SwiftI2VTransformer3DModel(WanTransformer3DModel):
         model.rope.freqs_cos, model.rope.freqs_sin = rope.freqs_cos.clone(), rope.freqs_sin.clone()
         return model.train(base.training)
 
+    @property
+    def embeds_jointly(self) -> str | None:
+        """Why latents and reference cannot be embedded apart; None if they can."""
+        if self.config.in_channels == self.config.out_channels:
+            return "no reference channels"
+        kind = type(self.patch_embedding)
+        return None if kind is PatchEmbedding else f"the patch embedding has become a {kind.__name__}"
+
+    def _embedded(
+        self, latents: Tensor, reference: Tensor | None, kept: ReferenceTokens | None
+    ) -> Float[Tensor, "b n d"]:
+        """Tokens of latents and reference. Together, or apart with the reference's half ``kept``."""
+        channels = latents.shape[1] + (0 if reference is None else reference.shape[1])
+        config: Any = self.config
+        if channels != config.in_channels:
+            raise ValueError(
+                f"{channels} latent and reference channels together; this model takes "
+                f"{config.in_channels} (are the reference latents missing?)"
+            )
+        if reference is None:
+            whole = latents
+        elif kept is None or self.embeds_jointly:
+            whole = torch.cat([latents, reference.to(latents.dtype)], dim=1)
+        else:
+            half = kept.of(reference, lambda: self.patch_embedding(reference.to(latents.dtype), latents.shape[1]))
+            return self.patch_embedding(latents, 0, half)
+        return self.patch_embedding(whole).flatten(2).transpose(1, 2).contiguous()
+
     def _modulated_norm(self, tokens: Float[Tensor, "b n d"], temb: Tensor) -> Float[Tensor, "b n d"]:
         """The head's norm, scaled and shifted per item (temb (b, d)), per block or per token ((b, t, d))."""
         levels = temb.unsqueeze(1) if temb.ndim == 2 else temb
@@ -177,6 +201,52 @@ class SwiftI2VTransformer3DModel(WanTransformer3DModel):
         p, q, r = self.rope.patch_size
         shape = "b (t h w) (p q r o) -> b o (t p) (h q) (w r)"
         return rearrange(tokens, shape, t=t, h=h, w=w, p=p, q=q, r=r)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Wan's patch embedding, which can embed a part of its input channels by itself.
+
+    The kernel is the stride: it is a matrix product over the numbers of a patch, and adds up over channels. A module of
+    its own, because offloading hooks must see it called before its weights are read.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv3d) -> PatchEmbedding:
+        """With the weights of ``conv``, not copied."""
+        with torch.device("meta"):  # draws no numbers
+            made = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)  # type: ignore[arg-type]
+        made.weight, made.bias = conv.weight, conv.bias
+        return made
+
+    def forward(self, input: Tensor, first: int | None = None, base: Float[Tensor, "b n d"] | None = None) -> Tensor:
+        """All channels (b, c, t, h, w) -> (b, d, t, h', w'), as the convolution does it.
+
+        With ``first``: the channels from there on, as many as ``input`` has -> tokens (b, n, d), by a matrix product
+        (on a CPU many times faster) on top of ``base``: tokens of the other channels, or else the bias.
+        """
+        if first is None:
+            return super().forward(input)
+        p, q, r = self.kernel_size
+        cells = rearrange(input, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=p, q=q, r=r)
+        weight = self.weight[:, first : first + input.shape[1]].flatten(1)
+        if base is None:
+            return nn.functional.linear(cells, weight, self.bias)
+        # Not addmm, whose result would be a view: a compiled layer's graph for views fits no other layer's tokens.
+        return torch.baddbmm(base, cells, weight.t().expand(len(base), -1, -1))
+
+
+class ReferenceTokens:
+    """The reference's half of the patch embedding, kept by a caller for as long as its reference does not change."""
+
+    def __init__(self) -> None:
+        self._reference: Tensor | None = None
+        self._tokens: Tensor | None = None
+
+    def of(self, reference: Tensor, embed: Callable[[], Tensor]) -> Tensor:
+        """What is kept if it is of this very tensor, else what ``embed`` gives, kept from now on."""
+        if self._tokens is None or self._reference is not reference:
+            self._reference, self._tokens = reference, embed()
+        return self._tokens
 
 
 class SwiftI2VTransformerBlock(WanTransformerBlock):
@@ -241,7 +311,8 @@ class SwiftI2VRotaryPosEmbed(WanRotaryPosEmbed):
             y[:height].view(1, -1, 1, self.h_dim).expand(shape),
             x[:width].view(1, 1, -1, self.w_dim).expand(shape),
         )
-        return torch.cat(axes, dim=-1).flatten(0, 2)[None, :, None]
+        # Flat before they are joined: a view of (t, h, w, d) would tie a compiled layer's graph to h and w.
+        return torch.cat([axis.flatten(0, 2) for axis in axes], dim=-1)[None, :, None]
 
 
 @contextmanager

@@ -1,0 +1,93 @@
+"""What a request costs here, and how it is made to fit: options and this machine in, a ``Plan`` or ``Arrangement`` out.
+
+Reads configurations, never weights. A preset of Wan's on a GPU is fitted to what is free unless another profile is
+asked for; everything else is loaded as it is unless a profile is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arrangement import Arrangement
+from .arranging import arrange
+from .calibration import Calibration, stored_calibration
+from .core import Request, UsageError
+from .machine import available_memory
+from .plan import Plan, Planner, plan
+from .presets import Preset
+from .profiles import NAMES, PROFILES, budget_of
+
+if TYPE_CHECKING:
+    from .options import Options
+
+# Bytes of a weight that torchao keeps in 8 bits, with its scales and what of a transformer stays in 16.
+BYTES_IN_8_BITS = 1.06
+
+
+def planned(request: Request, preset: Preset, model: str | None, *, overlap: bool = True) -> Plan:
+    """What a request costs with these weights on this machine, as ``doctor`` measured it."""
+    return plan(request, preset, stored_calibration(), networks=_networks(preset, model), overlap=overlap)
+
+
+def arrangement_of(options: Options, request: Request, preset: Preset) -> Arrangement | None:
+    """How the clip is to be made in the memory of ``--profile``; None to load everything as it is.
+
+    Raises UsageError if it fits in no way, or for an unknown profile.
+    """
+    name = options.profile
+    if name is None and not (preset.family in ("wan", "wan-refine") and _on_gpu(options.device)):
+        return None
+    name = (name or "auto").lower()
+    if name in PROFILES or name not in NAMES:
+        budget = budget_of(name, None, None)
+    else:
+        budget = budget_of(name, _free_device(options.device) if name == "auto" else None, available_memory())
+    way = arrange(
+        _planner(request, preset, options.model),
+        budget,
+        layer_bytes=None if options.quantize is None else BYTES_IN_8_BITS,
+        overlap=not options.in_turn,
+    )
+    if options.compile and {"transformer", "transformer_2"} & set(way.streamed):
+        raise UsageError(f"--compile: layers are streamed to fit {way.source} and cannot be compiled; leave it out")
+    return way
+
+
+def _planner(request: Request, preset: Preset, model: str | None) -> Planner:
+    from . import costs
+    from .plan_mobile import planner_of
+
+    known, calibration = _networks(preset, model), stored_calibration() or Calibration()
+    if preset.family == "mobile":
+        return planner_of(request, preset, calibration, known, False)
+    return Planner(
+        request, preset, known or costs.networks_of(preset.family, preset.folder, preset.prompt_tokens), calibration
+    )
+
+
+def _networks(preset: Preset, model: str | None) -> Any:
+    """The networks of a folder, for presets that come in sizes of their own; None: the preset's."""
+    from .costs import read_nano
+    from .costs_mobile import read_mobile
+
+    if model is None or not Path(model).is_dir() or preset.family not in ("nano", "mobile"):
+        return None
+    try:
+        if preset.family == "nano":
+            return read_nano(Path(model), preset.prompt_tokens)
+        return read_mobile(Path(model), preset.vae_folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(f"--model {Path(model).name} has an unusable config.json: {error}") from None
+
+
+def _on_gpu(device: str | None) -> bool:
+    from .memory import choose_placement
+
+    return choose_placement(device, "float32").device.type == "cuda"
+
+
+def _free_device(device: str | None) -> int | None:
+    from .memory import choose_placement, free_memory
+
+    return free_memory(choose_placement(device, "float32").device)
