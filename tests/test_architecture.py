@@ -24,7 +24,15 @@ SOURCES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
-OUTSIDE = {"__init__", "__main__", "models.__init__", "train.__init__", "evaluate.__init__", "export.__init__"}
+OUTSIDE = {
+    "__init__",
+    "__main__",
+    "models.__init__",
+    "train.__init__",
+    "evaluate.__init__",
+    "export.__init__",
+    "batch.__init__",
+}
 
 LONG_FUNCTIONS = {
     "models.mobile_dit.MobileTransformer3DModel.__init__": "the config, one argument a line",

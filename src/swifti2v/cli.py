@@ -6,20 +6,18 @@ Exit codes: 0 done, 1 failed after weights began to load, 2 refused before that,
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json as json_text
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from .options import FILE, Options, option
+from .options import FILE, BatchOptions, Options, option, takes_options
 
 if TYPE_CHECKING:
     from .parallel import Ranks
@@ -60,24 +58,6 @@ Ranked = Annotated[
     int | None, typer.Option("--context-parallel", metavar="N", help="By N processes, as begun.", show_default=False)
 ]
 Model = Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are now.", show_default=False)]
-
-
-def takes_options(verb: Callable[[Options], None]) -> Callable[..., None]:
-    """Give a verb every field of ``Options`` as a command-line option, so that no list is written twice."""
-    hints = get_type_hints(Options, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-        for field in dataclasses.fields(Options)
-    ]
-
-    def command(**values: Any) -> None:
-        verb(Options(**values))
-
-    command.__doc__, command.__name__ = verb.__doc__, verb.__name__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = hints
-    return command
 
 
 @app.command()
@@ -139,6 +119,21 @@ def resume(
                 _run(made, _mode(json, quiet))
 
         _in_ranks(context_parallel, None, work)
+
+
+@app.command()
+@partial(takes_options, kind=BatchOptions)
+def batch(options: BatchOptions) -> None:
+    """Make many videos, one a line of a jobs file; run again, it goes on where it was."""
+    with reported(options.debug):
+        from .batch.command import run
+        from .progress import batch_view
+
+        with batch_view(_mode(options.json, options.quiet)) as emit:
+            tally = run(options, emit)
+        if not options.json:
+            print(f"{len(tally.made)} made, {len(tally.failed)} failed")
+        sys.exit(1 if tally.failed else 0)
 
 
 @app.command()

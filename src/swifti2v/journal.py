@@ -120,7 +120,7 @@ class Job:
             folder.mkdir(parents=True, exist_ok=True)
             if not _claimable(folder):
                 raise UsageError(f"job folder {folder.name} exists; resume it, remove it, or choose another --output")
-            lock = _locked(folder)
+            lock = lock_folder(folder)
         except OSError as error:
             raise UsageError(f"cannot make the job folder {folder}: {error.strerror}") from None
         manifest = manifest.model_copy(update={"photo_sha256": hashlib.sha256(data).hexdigest()})
@@ -148,7 +148,7 @@ class Job:
         if not (folder / MANIFEST).is_file():
             raise UsageError(f"{str(folder)!r} is not a job: it has no {MANIFEST}")
         try:
-            lock = _locked(folder)
+            lock = lock_folder(folder)
         except OSError as error:
             raise UsageError(f"cannot lock the job {folder}: {error.strerror}") from None
         try:
@@ -344,8 +344,8 @@ def _claimable(folder: Path) -> bool:
     return not names or (LOCK in names and names == ours)
 
 
-def _locked(folder: Path) -> int:
-    """The descriptor of the folder's lock file, locked. UsageError if a living process holds it."""
+def lock_folder(folder: Path, it: str = "job") -> int:
+    """The descriptor of the folder's lock file, locked until closed. UsageError if a living process holds ``it``."""
     path = folder / LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -357,7 +357,7 @@ def _locked(folder: Path) -> int:
         os.close(descriptor)
         if not isinstance(error, BlockingIOError):
             raise
-        raise UsageError(f"job {folder.name} is in use by another swifti2v process; wait for it or stop it") from None
+        raise UsageError(f"{it} {folder.name} is in use by another swifti2v process; wait for it or stop it") from None
     return descriptor
 
 

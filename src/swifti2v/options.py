@@ -5,8 +5,11 @@ Only words and types: what is legal is decided by ``core`` and ``presets``. Noth
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -131,3 +134,48 @@ class Options:
     json: Annotated[bool, option(RUN, "Events as JSON lines on stdout.", "--json")] = False
     quiet: Annotated[bool, option(RUN, "Print nothing but errors.", "--quiet")] = False
     debug: Annotated[bool, option(RUN, "Show the traceback of an error.", "--debug")] = False
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What ``batch`` can be told."""
+
+    jobs: Annotated[str, typer.Argument(metavar="JOBS.jsonl", help="One JSON object a line: options of generate.")]
+    engine: Annotated[str, option(RUN, "local (default) or ray.", metavar="NAME")] = "local"
+    workers: Annotated[int | None, option(RUN, "How many (default: one for each GPU, else one).")] = None
+    devices: Annotated[str | None, option(RUN, "One worker for each, e.g. cuda:0,cuda:1.", metavar="NAMES")] = None
+    stage_workers: Annotated[
+        str | None, option(RUN, "A workers make stage I, B the rest.", "--stage-workers", metavar="A,B")
+    ] = None
+    address: Annotated[str | None, option(RUN, "Of a Ray cluster (default: one of its own).", metavar="HOST:PORT")] = (
+        None
+    )
+    attempts: Annotated[int, option(RUN, "Give a clip up after so many in a row that added nothing (4).")] = 4
+    model: Annotated[str | None, option(MODEL, "Where the weights are, for lines that do not say.", metavar="PATH")] = (
+        None
+    )
+    json: Annotated[bool, option(RUN, "Events as JSON lines on stdout.", "--json")] = False
+    quiet: Annotated[bool, option(RUN, "Print nothing but errors.", "--quiet")] = False
+    debug: Annotated[bool, option(RUN, "Show the traceback of an error.", "--debug")] = False
+
+
+def takes_options(verb: Callable[[Any], None], kind: Any = Options) -> Callable[..., None]:
+    """Give a verb every field of ``Options`` as a command-line option, so that no list is written twice."""
+    hints = get_type_hints(kind, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(kind)
+    ]
+
+    def command(**values: Any) -> None:
+        verb(kind(**values))
+
+    command.__doc__, command.__name__ = verb.__doc__, verb.__name__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = hints
+    return command

@@ -12,11 +12,11 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     Pipeline = SwiftI2VPipeline | MobileI2VPipeline
 
 Emit = Callable[[Event], None]
+Until = Literal["video", "preview", "motion"]
 VIDEO_SUFFIXES = (".mp4", ".m4v")
 _UNCOMPARED = ("dtype_reason",)  # holds measured speeds
 
@@ -48,18 +49,55 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a line that says how to go on."""
 
 
+class Unfinished(RunError):
+    """A failure that leaves a job, with a line that says how to go on; its cause is what happened."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A pipeline, and what it was ``found`` to be when it was loaded: weights, versions and settings."""
+
+    pipe: Any
+    found: dict[str, dict[str, str]]
+
+
+def load(manifest: Manifest, clock: _Clock, ranks: Ranks | None = None) -> Loaded:
+    """What makes the videos of ``manifest``, loaded and named. Raises UsageError or RunError, one line."""
+    from .embeddings import Embeddings
+
+    loading = partial(_load, manifest, clock)
+    pipe: Any = loading() if ranks is None else ranks.lead(manifest, loading)
+    found = pipe.fingerprint()
+    if manifest.inputs.cache is not None:
+        pipe.embeddings = Embeddings(Path(manifest.inputs.cache), found, partial(clock.say, "notice", "text"))
+    for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
+        found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
+    return Loaded(pipe, found)
+
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Who does the work: ``lanes``, its stages at once or in turn; ``ranks``, the processes that share it, of which
-    this is the first (``parallel``)."""
+    """Who does the work, and how far: ``lanes``, its stages at once or in turn; ``ranks``, the processes that share it,
+    of which this is the first (``parallel``); ``load``, who has the pipeline (one that is kept, maybe); ``until``
+    motion, Stage I alone, into the job, whose folder is then the result."""
 
     lanes: Lanes = IN_TURN
     ranks: Ranks | None = None
+    load: Loader = load
+    until: Until = "video"
 
 
-def start(order: Order, emit: Emit, execution: Execution = Execution()) -> Path:
-    """Make the video of an order; returns the path of the file (of the preview, if that was asked for)."""
+def start(order: Order, emit: Emit, execution: Execution = Execution(), *, exact: bool = False) -> Path:
+    """Make the video of an order; returns the path of the file (of the preview, if that was asked for).
+
+    ``exact``: refuse a name that is taken instead of numbering it.
+    """
+    if order.preview:
+        execution = dataclasses.replace(execution, until="preview")
     target = media.unique_path(order.wanted)
+    if exact and target != order.wanted:
+        media.release(target)
+        raise UsageError(f"{order.wanted} is taken by another run; choose another output")
     try:
         manifest = order.manifest.model_copy(update={"output": target.name})
         job = Job.create(target.with_name(f"{target.stem}.job"), manifest, order.photo)
@@ -70,7 +108,7 @@ def start(order: Order, emit: Emit, execution: Execution = Execution()) -> Path:
     with job, _accountable(job, fresh=True):
         for line in order.notices:
             clock.say("notice", "image", line)
-        path = _make(job, job.manifest, clock, preview=order.preview, before=order.before, execution=execution)
+        path = _make(job, job.manifest, clock, execution, before=order.before)
     clock.say("completed", "write", str(path))
     return path
 
@@ -93,7 +131,7 @@ def resume(
         _clear_leftovers(job)
         with _accountable(job, fresh=False):
             before = job.manifest if begun else None
-            path = _make(job, manifest, clock, before=before, refuse=not force, execution=execution)
+            path = _make(job, manifest, clock, execution, before=before, refuse=not force)
     clock.say("completed", "write", str(path))
     return path
 
@@ -108,35 +146,29 @@ def _make(
     job: Job,
     manifest: Manifest,
     clock: _Clock,
+    execution: Execution,
     *,
     before: Origin | Manifest | None = None,
-    preview: bool = False,
     refuse: bool = False,
-    execution: Execution = Execution(),
 ) -> Path:
     """Load, compare with what was used ``before`` (and ``refuse`` differences), make, publish, remove the job.
 
     ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
     """
-    from .embeddings import Embeddings
-
-    load = partial(_load, manifest, clock)
-    pipe: Any = load() if execution.ranks is None else execution.ranks.lead(manifest, load)
-    found = pipe.fingerprint()
-    if manifest.inputs.cache is not None:
-        pipe.embeddings = Embeddings(Path(manifest.inputs.cache), found, partial(clock.say, "notice", "text"))
-    for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
-        found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
+    loaded = execution.load(manifest, clock, execution.ranks)
+    pipe, found, until = loaded.pipe, loaded.found, execution.until
     changes = list(differences(before, found)) if before is not None else []
     if changes and refuse:
         raise UsageError(f"this is not what the job began with: {'; '.join(changes)}; use --force to go on regardless")
     for line in changes:
         clock.say("notice", "load", f"not as before: {line}")
     job.replace_manifest(manifest.model_copy(update=found))
-    path = _preview(pipe, job, clock) if preview else _video(pipe, job, clock, execution.lanes)
+    if until == "motion":
+        return _motion_alone(pipe, job, clock)
+    path = _preview(pipe, job, clock) if until == "preview" else _video(pipe, job, clock, execution.lanes)
     for line in job.notices:
         clock.say("notice", "write", line)
-    if preview:
+    if until == "preview":
         clock.say("notice", "write", f"to make the video: swifti2v resume {_shown(job.folder)}")
     elif not job.manifest.keep_job:
         job.remove()
@@ -242,6 +274,15 @@ def _preview(pipe: Any, job: Job, clock: _Clock) -> Path:
     return small
 
 
+def _motion_alone(pipe: Any, job: Job, clock: _Clock) -> Path:
+    """Stage I into the job and nothing else: all its windows are kept before the first pixels are decoded."""
+    if pipe.preset.stages == 2 and job.manifest.inputs.motion is None:
+        low = pipe.motion(job.photo(), job.manifest.request, job=job, emit=clock.forward)
+        with closing(low) as frames:
+            next(frames, None)
+    return job.folder
+
+
 def _motion_pixels(pipe: Pipeline, manifest: Manifest) -> Iterator[Tensor] | None:
     path, request = manifest.inputs.motion, manifest.request
     if path is None:
@@ -263,7 +304,7 @@ def _accountable(job: Job, *, fresh: bool) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {hint}") from error
         if isinstance(error, (OSError, MemoryError, RuntimeError)):
-            raise RunError(f"{str(error) or type(error).__name__}; {hint}") from error
+            raise Unfinished(f"{str(error) or type(error).__name__}; {hint}") from error
         raise
 
 
@@ -295,6 +336,9 @@ class _Clock:
 
     def say(self, type: Any, phase: str, message: str) -> None:
         self._emit(Event(type, phase, seconds=round(time.monotonic() - self._begin, 3), message=message))
+
+
+Loader = Callable[[Manifest, _Clock, Any], Loaded]
 
 
 def _shown(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from types import TracebackType
 from typing import Literal, Protocol
@@ -51,6 +51,25 @@ def view(mode: Mode) -> Iterator[View]:
             yield live
     else:
         yield PlainView()
+
+
+@contextmanager
+def batch_view(mode: Mode) -> Iterator[View]:
+    """The view of many clips at once: of each only how it began and ended, or as JSON all.
+
+    Meanwhile stdout is stderr for all others: Ray prints of dead workers.
+    """
+    out, show = sys.stdout, silent if mode == "quiet" else PlainView()
+
+    def seen(event: Event) -> None:
+        if mode == "json":
+            with redirect_stdout(out):
+                json_line(event)
+        elif event.phase == "run" and event.type in ("notice", "completed", "failed"):
+            show(event)
+
+    with redirect_stdout(sys.stderr):
+        yield seen
 
 
 def json_line(event: Event) -> None:
