@@ -43,7 +43,7 @@ def test_the_headline_fits_every_card(name: str) -> None:
 
 def test_smaller_cards_give_up_more() -> None:
     cards = sorted(PROFILES, key=lambda name: -PROFILES[name].device_gib)
-    seconds = [on_card(name).seconds for name in cards]
+    seconds = [on_card(name).extra_seconds for name in cards]
     assert seconds == sorted(seconds) and seconds[-1] > seconds[0]
     largest, smallest = on_card(cards[0]), on_card(cards[-1])
     assert not largest.streamed and largest.decode is not None and largest.decode.tiles is None
@@ -58,7 +58,7 @@ def test_more_memory_never_costs_more(gib: int, more: int) -> None:
     small = arrange(planner("wan"), Budget(gib * GIB, 64 * GIB, "so much"))
     large = arrange(planner("wan"), Budget((gib + more) * GIB, 64 * GIB, "so much"))
     assert small.device_bytes <= gib * GIB and small.host_bytes <= 64 * GIB
-    assert large.seconds <= small.seconds
+    assert large.extra_seconds <= small.extra_seconds
 
 
 def test_little_host_memory_streams_from_files() -> None:
@@ -75,9 +75,7 @@ def test_8_bits_make_room_without_streaming() -> None:
 
 
 def test_refusals_name_the_phase_and_what_would_fit() -> None:
-    with pytest.raises(
-        UsageError, match=r"do not fit \(tiny, 3\.0 GiB for a run\): \w+ needs .*; .*this size fits 8gb"
-    ):
+    with pytest.raises(UsageError, match=r"do not fit \(tiny, 3\.0 GiB and 64 in host .*\): \w+ needs .*; .*fits 8gb"):
         arrange(planner("wan"), Budget(3 * GIB, 64 * GIB, "tiny"))
     with pytest.raises(UsageError, match=r"motion needs 3\d\.\d GiB at least; no smaller size fits"):
         arrange(planner("wan"), budget_of("cpu", None, 20 * GIB))
@@ -97,7 +95,9 @@ def test_nano_gives_up_overlap_before_it_is_refused() -> None:
 def test_an_asked_for_order_is_kept() -> None:
     ahead = planner("wan")
     ahead = replace(ahead, request=ahead.request.model_copy(update={"encode": "ahead"}))
-    assert arrange(ahead, PROFILES["80gb"].budget()).encode_when == "ahead"
+    assert arrange(ahead, PROFILES["80gb"].budget(), encode="ahead").encode_when == "ahead"
+    assert on_card("24gb").encode_when == "ahead"
+    assert arrange(planner("wan"), PROFILES["24gb"].budget(), encode="lazy").encode_when == "lazy"
     assert not arrange(planner("wan"), PROFILES["80gb"].budget(), overlap=False).overlap
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swifti2v import presets
 from swifti2v.core import Event, Request, RunError
-from swifti2v.overlap import Lanes
+from swifti2v.overlap import Lanes, recorded
 from swifti2v.tiny import tiny_mobile, tiny_pipeline
 from swifti2v.trace import Trace
 
@@ -170,3 +170,39 @@ def test_the_command_line_traces(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "exists and is not overwritten" in capsys.readouterr().err
     assert run("--output", str(tmp_path / "c.mp4"), "--trace", str(tmp_path / "no" / "a.json")) == 2
     assert not (tmp_path / "c.mp4").exists()
+
+
+def test_a_failure_of_the_writer_ends_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swifti2v import media, produce
+    from swifti2v.options import Options
+    from swifti2v.order import prepare
+
+    tiny_pipeline("nano").save_pretrained(tmp_path / "twin")
+    told = {"image": "examples/photo.jpg", "prompt": "zoom in", "preset": "tiny-nano", "seed": 1, "num_frames": 161}
+    options = Options(**told, size="128x64", model=str(tmp_path / "twin"), output=str(tmp_path / "clip.mp4"))
+    order, written = prepare(options), media._append
+
+    def full(file: object, init: bytes, body: bytes) -> None:
+        if not init:
+            raise OSError(28, "No space left on device")
+        written(file, init, body)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(media, "_append", full)
+    with pytest.raises(RunError, match="No space left") as failure:
+        produce.start(order, lambda event: None, produce.Execution(Lanes(overlap=True)))
+    assert failure.value.__traceback__ is not None and not lanes_alive()  # though the traceback still holds the stream
+    kept = sorted((tmp_path / "clip.job" / "segments").iterdir())
+    time.sleep(0.3)
+    assert sorted((tmp_path / "clip.job" / "segments").iterdir()) == kept
+
+
+def test_a_trace_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None:
+    gone = tmp_path / "gone" / "trace.json"
+    with pytest.raises(KeyError), recorded(overlap=True, trace=gone):
+        raise KeyError
+    with pytest.raises(OSError), recorded(overlap=True, trace=gone):
+        pass
+    taken = tmp_path / "taken.json"
+    with pytest.raises(RunError, match="not overwritten"), recorded(overlap=False, trace=taken):
+        taken.write_text("somebody's")
+    assert taken.read_text() == "somebody's"

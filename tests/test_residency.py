@@ -29,7 +29,7 @@ def way(**changes: Any) -> Arrangement:
         "encode": EncodePlan(1, 2, 1, False, 0, 0, 0, 0, 1, 1.0),
     }
     told: dict[str, Any] = {"phased": True, "streamed": (), "from_disk": False, "encode_when": "lazy", "overlap": True}
-    return Arrangement(**{**told, **cuts, "needs": (Need("refine", 1, 1),), "seconds": 0.0, **changes})
+    return Arrangement(**{**told, **cuts, "needs": (Need("refine", 1, 1),), "extra_seconds": 0.0, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ class Arrangement:
 
     ``phased``: parts load and leave with their phase. ``streamed``: components whose weights pass the device layer by
     layer, from host memory or, ``from_disk``, the transformers from files. ``decode``, ``encode``: how Stage II's VAE
-    is cut (None: nano's, which is not). ``overlap``: stages at once. ``seconds``: a guess of what had to be given up.
-    ``source``: of the budget that it fits.
+    is cut (None: nano's, which is not). ``overlap``: stages at once. ``extra_seconds``: a guess of what had to be given
+    up. ``source``: of the budget that it fits.
     """
 
     phased: bool
@@ -44,7 +44,7 @@ class Arrangement:
     encode_when: When
     overlap: bool
     needs: tuple[Need, ...]
-    seconds: float
+    extra_seconds: float
     source: str = ""
 
     @classmethod

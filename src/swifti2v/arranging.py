@@ -29,13 +29,21 @@ BASE_HOST = int(1.5 * GIB)  # the interpreter, its libraries, a chunk being writ
 STREAMABLE = {"text": "text_encoder", "stage_one": "transformer", "stage_two": "transformer_2"}
 
 
-def arrange(planner: Planner, budget: Budget, *, layer_bytes: float | None = None, overlap: bool = True) -> Arrangement:
+def arrange(
+    planner: Planner,
+    budget: Budget,
+    *,
+    layer_bytes: float | None = None,
+    overlap: bool = True,
+    encode: str | None = None,
+) -> Arrangement:
     """The cheapest way that fits ``budget``.
 
     ``layer_bytes``: of a weight of the transformers, if they are in 8 bits. ``overlap``: stages may run at once.
+    ``encode``: when the reference is to be encoded, if that is said.
     Raises UsageError with the phase that does not fit and by how much, and the nearest size and card that would do.
     """
-    pricing = Pricing(planner, budget.on_cpu, layer_bytes, overlap)
+    pricing = Pricing(planner, budget.on_cpu, layer_bytes, overlap, encode)
     found = pricing.cheapest(budget)
     if found is not None:
         return replace(found, source=budget.source)
@@ -43,7 +51,7 @@ def arrange(planner: Planner, budget: Budget, *, layer_bytes: float | None = Non
     worst = max(least.needs, key=lambda need: need.device_bytes - budget.device_bytes)
     reason = (
         f"{planner.request.size}, {planner.request.num_frames} frames do not fit ({budget.source}, "
-        f"{budget.device_bytes / GIB:.1f} GiB for a run): {worst.phase} needs {worst.device_bytes / GIB:.1f} GiB"
+        f"{budget.words()}): {worst.phase} needs {worst.device_bytes / GIB:.1f} GiB"
     )
     reason += "" if budget.on_cpu else f" and {worst.host_bytes / GIB:.1f} GiB of host memory"
     raise UsageError(f"{reason} at least; {_nearest(planner, budget, layer_bytes)}")
@@ -111,6 +119,7 @@ class Pricing:
     on_cpu: bool
     layer_bytes: float | None = None
     overlap: bool = True
+    encode: str | None = None
     smallest_part: int = GIB
 
     def cheapest(self, budget: Budget) -> Arrangement | None:
@@ -121,7 +130,7 @@ class Pricing:
                 continue
             for cut in self.cuts:
                 seconds = self._seconds(run, loading) + _cut_seconds(cut, self.planner)
-                if best is not None and seconds >= best.seconds:
+                if best is not None and seconds >= best.extra_seconds:
                     break
                 way = self._priced(run, cut, loading)
                 if not way.missing(budget):
@@ -151,8 +160,8 @@ class Pricing:
         return sorted(product(self.decodes, self.encodes), key=lambda cut: _cut_seconds(cut, self.planner))
 
     def _whens(self) -> tuple[When, ...]:
-        """When the reference may be encoded: as asked, or ahead where that is not said (and there is a reference)."""
-        if self.planner.preset.family == "mobile" or self.planner.request.encode == "ahead":
+        """When the reference may be encoded: as asked, or either where that is not said (and there is a reference)."""
+        if self.planner.preset.family == "mobile" or self.encode is not None:
             return (self.planner.request.encode,)
         return ("lazy", "ahead")
 

@@ -99,6 +99,7 @@ def resume(
     job: Annotated[str, typer.Argument(metavar="JOB", help="The NAME.job folder of an interrupted run.")],
     model: Model = None,
     force: Annotated[bool, typer.Option("--force", help="Even if weights or libraries changed.")] = False,
+    profile: Annotated[str | None, typer.Option(metavar="NAME", help="Fit into other memory than it began in.")] = None,
     in_turn: Annotated[bool, typer.Option("--in-turn", help="One stage at a time: less memory.")] = False,
     trace: Annotated[str | None, typer.Option(metavar="OUT.json", help="Write who worked when.")] = None,
     context_parallel: Ranked = None,
@@ -115,7 +116,8 @@ def resume(
 
         def work(ranks: Ranks | None) -> None:
             with recorded(overlap=not in_turn, trace=trace_file(trace)) as lanes:
-                made = partial(go_on, Path(job), model=model, force=force, execution=Execution(lanes, ranks))
+                execution = Execution(lanes, ranks)
+                made = partial(go_on, Path(job), model=model, profile=profile, force=force, execution=execution)
                 _run(made, _mode(json, quiet))
 
         _in_ranks(context_parallel, None, work)

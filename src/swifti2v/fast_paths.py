@@ -58,7 +58,7 @@ def chosen(fast: FastPaths, transformers: Sequence[nn.Module], placement: Placem
     if not widths:
         return dataclasses.replace(fast, attention=NATIVE)
     choice = choose_attention(fast.attention, placement.device, placement.dtype, *sorted(widths))
-    return dataclasses.replace(fast, attention=choice.name)
+    return dataclasses.replace(fast, attention=choice.name, reason=choice.reason)
 
 
 def settle(transformer: nn.Module, placement: Placement) -> None:

@@ -13,9 +13,10 @@ from .arrangement import Arrangement
 from .arranging import arrange
 from .calibration import Calibration, stored_calibration
 from .core import Request, UsageError
+from .journal import Manifest
 from .machine import available_memory
 from .plan import Plan, Planner, plan
-from .presets import Preset
+from .presets import Preset, get
 from .profiles import NAMES, PROFILES, budget_of
 
 if TYPE_CHECKING:
@@ -30,13 +31,26 @@ def planned(request: Request, preset: Preset, model: str | None, *, overlap: boo
     return plan(request, preset, stored_calibration(), networks=_networks(preset, model), overlap=overlap)
 
 
+def check_names(options: Options) -> None:
+    """UsageError for a kernel or a kind of 8 bits that is not known; what this machine can run is not asked."""
+    from .attention import known_attention
+    from .quantize import KINDS
+
+    known_attention(options.attention.lower())
+    if options.quantize is not None and options.quantize not in KINDS:
+        raise UsageError(f"quantize {options.quantize!r} is not known; use {', '.join(KINDS)}")
+
+
 def arrangement_of(options: Options, request: Request, preset: Preset) -> Arrangement | None:
     """How the clip is to be made in the memory of ``--profile``; None to load everything as it is.
 
     Raises UsageError if it fits in no way, or for an unknown profile.
     """
     name = options.profile
-    unfitted = options.vae_device is not None or preset.family not in ("wan", "wan-refine")
+    if options.context_parallel is not None and name is not None:
+        raise UsageError(f"--profile {name} fits one process; leave it out, or --context-parallel")
+    apart = options.vae_device is not None or options.context_parallel is not None
+    unfitted = apart or preset.family not in ("wan", "wan-refine")
     if name is None and (unfitted or not _on_gpu(options.device)):
         return None
     name = (name or "auto").lower()
@@ -49,10 +63,30 @@ def arrangement_of(options: Options, request: Request, preset: Preset) -> Arrang
         budget,
         layer_bytes=None if options.quantize is None else BYTES_IN_8_BITS,
         overlap=not options.in_turn,
+        encode=options.encode,
     )
     if options.compile and {"transformer", "transformer_2"} & set(way.streamed):
         raise UsageError(f"--compile: layers are streamed to fit {way.source} and cannot be compiled; leave it out")
     return way
+
+
+def fitted_again(manifest: Manifest, profile: str | None = None) -> Manifest:
+    """A recorded clip made to fit here, in the order of work that it was asked for. UsageError if it does not."""
+    from .options import Options
+
+    request, settings = manifest.request, manifest.settings
+    options = Options(
+        model=manifest.inputs.model,
+        encode=request.encode,
+        profile=profile,
+        device=settings.get("device"),
+        vae_device=settings.get("vae_device"),
+        quantize=settings.get("quantize"),
+        compile="compile" in settings,
+    )
+    way = arrangement_of(options, request, get(request.preset))
+    inputs = manifest.inputs.model_copy(update={"arrangement": None if way is None else way.to_json()})
+    return manifest.model_copy(update={"inputs": inputs})
 
 
 def _planner(request: Request, preset: Preset, model: str | None) -> Planner:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,16 +25,17 @@ class FastPaths:
     """The transformers' fast paths, by name. The default is the slow witness of each, but for ``attention``.
 
     ``attention``: a kernel by diffusers' name; "auto" until one has been chosen. ``quantize``: a kind of
-    ``quantize.KINDS``, or None. ``compile``: whether the repeated layers are compiled.
+    ``quantize.KINDS``, or None. ``compile``: whether the repeated layers are compiled. ``reason``: why this kernel.
     """
 
     attention: str = "auto"
     quantize: str | None = None
     compile: bool = False
+    reason: str = field(default="", compare=False)
 
     def settings(self) -> dict[str, str]:
         """As a manifest holds it; what is off is left out."""
-        found = {"attention": self.attention}
+        found = {"attention": self.attention, **({"attention_reason": self.reason} if self.reason else {})}
         if self.quantize is not None:
             found["quantize"] = self.quantize
         return found | ({"compile": "regional"} if self.compile else {})

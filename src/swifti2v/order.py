@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from . import media, presets
 from .checkpoints import locate, read_metadata, sha256
 from .core import Request, Size, UsageError
-from .fitting import arrangement_of, planned
+from .fitting import arrangement_of, check_names, fitted_again, planned
 from .journal import Inputs, Manifest, WriteOptions
 from .origin import Origin, described, find_photo, origin_of
 from .presets import Preset
@@ -79,6 +79,7 @@ def prepare(options: Options) -> Order:
     source = media.read_image(options.image)
     request, notices = request_of(options, preset, source.size, source.sha256)
     trace_file(options.trace)
+    settings = _settings(options, preset)
     way = arrangement_of(options, request, preset)
     if way is not None:
         request = request.model_copy(update={"encode": way.encode_when})
@@ -98,7 +99,7 @@ def prepare(options: Options) -> Order:
     manifest = Manifest(
         request=request,
         model=described(preset, inputs),
-        settings=_settings(options, preset),
+        settings=settings,
         inputs=inputs,
         output=wanted.name,
         write=write,
@@ -164,8 +165,11 @@ def plan_of(options: Options) -> Plan:
     preset = presets.get(options.preset)
     size = media.read_image(options.image).size if options.image is not None else None
     request, _ = request_of(options, preset, size)
-    way = arrangement_of(options, request, preset)
-    return replace(planned(request, preset, options.model, overlap=not options.in_turn), arrangement=way)
+    check_names(options)
+    way, overlap = arrangement_of(options, request, preset), not options.in_turn
+    if way is not None:
+        request, overlap = request.model_copy(update={"encode": way.encode_when}), way.overlap
+    return replace(planned(request, preset, options.model, overlap=overlap), arrangement=way)
 
 
 @_at_the_door()
@@ -194,6 +198,7 @@ def prepare_again(file: Path, *, image: str | None, output: str | None, model: s
         output=wanted.name,
         write=origin.write,
     )
+    manifest = fitted_again(manifest)
     notices = (f"photo: {photo}", *source.notes)
     return Order(manifest, fit_image(source.pixels, request.size, request.fit), wanted, notices, before=origin)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .outputs import publish
 from .trace import Trace
 
 
@@ -53,9 +54,18 @@ def recorded(*, overlap: bool, trace: Path | None) -> Iterator[Lanes]:
     kept = None if trace is None else Trace()
     try:
         yield Lanes(overlap, kept)
-    finally:
-        if kept is not None and trace is not None:
-            kept.write(trace)
+    except BaseException:
+        with suppress(OSError):  # the run's own error is what matters
+            _publish(kept, trace)
+        raise
+    _publish(kept, trace)
+
+
+def _publish(kept: Trace | None, path: Path | None) -> None:
+    if kept is not None and path is not None:
+        made = path.with_name(f".{path.name}.tmp")
+        kept.write(made)
+        publish(made, path)
 
 
 class Running:

@@ -24,7 +24,7 @@ from .core import Chunk, Request, RunError
 from .embeddings import Embeddings
 from .fast_paths import witness
 from .memory import Placement
-from .models.causal_vae import decode_stream, encode_pairs, encode_stream, streaming
+from .models.causal_vae import StreamingVAE, decode_stream, encode_pairs, encode_stream, streaming
 from .models.text import encode_prompts, truncated_prompt
 from .overlap import IN_TURN, Lanes, Running
 from .reference import carried_reference, hybrid_reference, shrink
@@ -162,36 +162,54 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         running: Running,
     ) -> Iterator[Chunk]:
         """``stream``'s line, from right to left: decode what is denoised along what is encoded."""
-        vae = self.residency.streaming(self.vae_2 if self.vae_2 is not None else self.vae)
         photo = photo.to(self._execution_device, torch.float32)
-        plan = segment_windows(self.preset, request)
-        report("started", "run", total=len(plan), message=f"{request.num_frames} frames of {request.size}")
-
-        def latents() -> Iterator[Tensor]:
-            yield next(iter(encode_stream(vae, [photo])))
-            with report.span("text"):
-                told = conditions or self.encode(photo, request, report)
-            low = motion if motion is not None else self._decoded_motion(photo, request, told, job, report)
-            self.residency.enter("refine", self)
-            if self.preset.carries_detail:
-                reference = encode_pairs(vae, carried_reference(photo, low, request.size))
-            else:
-                reference = encode_stream(vae, hybrid_reference(photo, low, request.size))
-            if request.encode == "ahead":
-                reference = iter(list(reference))
-            reference = running.stage("reference", reference, photo.device)
-            yield from self._segments(reference, request, told, job, report)
-
+        total = len(segment_windows(self.preset, request))
+        report("started", "run", total=total, message=f"{request.num_frames} frames of {request.size}")
+        latents = self._latents(photo, request, job, motion, report, conditions, running)
+        decoded = decode_stream(self._large_vae(), running.stage("denoise", latents, photo.device), photo)
         start = number = 0
-        decoded = decode_stream(vae, running.stage("denoise", latents(), photo.device), photo)
         # Not enumerate, which keeps the last while making the next.
         for pixels in running.stage("decode", decoded, photo.device):
             if number == 0 and request.exact_first_frame:
                 pixels = photo
-            yield Chunk(pixels, start, number, len(plan))
+            yield Chunk(pixels, start, number, total)
             start, number = start + pixels.shape[2], number + 1
             del pixels
-        report("completed", "run", len(plan), len(plan), len(plan))
+        report("completed", "run", total, total, total)
+
+    def _latents(
+        self,
+        photo: Tensor,
+        request: Request,
+        job: Journal | None,
+        motion: Iterable[Tensor] | None,
+        report: Reporter,
+        conditions: Conditions | None,
+        running: Running,
+    ) -> Iterator[Tensor]:
+        """The anchor, then Stage II's segments; a phase's networks are entered when it begins."""
+        vae, fitted = self._large_vae(), self.residency.arrangement is not None
+        anchor = next(iter(encode_stream(vae, [photo])))
+        if not fitted:  # else no decoder yet: text and motion leave no room for its caches
+            yield anchor
+        with report.span("text"):
+            told = conditions or self.encode(photo, request, report)
+        low = motion if motion is not None else self._decoded_motion(photo, request, told, job, report)
+        self.residency.enter("encode", self)
+        if self.preset.carries_detail:
+            reference = encode_pairs(vae, carried_reference(photo, low, request.size))
+        else:
+            reference = encode_stream(vae, hybrid_reference(photo, low, request.size))
+        if request.encode == "ahead":
+            reference = iter(list(reference))
+        self.residency.enter("refine", self)
+        if fitted:
+            yield anchor
+        reference = running.stage("reference", reference, photo.device)
+        yield from self._segments(reference, request, told, job, report)
+
+    def _large_vae(self) -> StreamingVAE:
+        return self.residency.streaming(self.vae_2 if self.vae_2 is not None else self.vae)
 
     @without_gradients
     def motion(

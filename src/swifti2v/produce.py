@@ -25,6 +25,7 @@ from . import media, presets
 from .arrangement import Arrangement
 from .checkpoints import sha256
 from .core import Chunk, Event, RunError, UsageError
+from .fitting import fitted_again
 from .journal import Job, Manifest
 from .order import Order, check_recorded, location, split_lora
 from .origin import Origin, record_of
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 Emit = Callable[[Event], None]
 Until = Literal["video", "preview", "motion"]
 VIDEO_SUFFIXES = (".mp4", ".m4v")
-_UNCOMPARED = ("dtype_reason",)  # holds measured speeds
+_UNCOMPARED = ("dtype_reason", "attention_reason")  # words about a setting, not the setting
 
 
 class Interrupted(KeyboardInterrupt):
@@ -52,6 +53,9 @@ class Interrupted(KeyboardInterrupt):
 
 class Unfinished(RunError):
     """A failure that leaves a job, with a line that says how to go on; its cause is what happened."""
+
+
+Loader = Callable[[Manifest, "_Clock", "Ranks | None"], "Loaded"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,13 +68,9 @@ class Loaded:
 
 def load(manifest: Manifest, clock: _Clock, ranks: Ranks | None = None) -> Loaded:
     """What makes the videos of ``manifest``, loaded and named. Raises UsageError or RunError, one line."""
-    from .embeddings import Embeddings
-
     loading = partial(_load, manifest, clock)
     pipe: Any = loading() if ranks is None else ranks.lead(manifest, loading)
     found = pipe.fingerprint()
-    if manifest.inputs.cache is not None:
-        pipe.embeddings = Embeddings(Path(manifest.inputs.cache), found, partial(clock.say, "notice", "text"))
     for lora, _ in map(split_lora, (*manifest.inputs.loras, *manifest.inputs.loras_2)):
         found["model_hashes"][f"lora/{Path(lora).name}"] = sha256(lora)
     return Loaded(pipe, found)
@@ -115,10 +115,17 @@ def start(order: Order, emit: Emit, execution: Execution = Execution(), *, exact
 
 
 def resume(
-    folder: Path, emit: Emit, *, model: str | None = None, force: bool = False, execution: Execution = Execution()
+    folder: Path,
+    emit: Emit,
+    *,
+    model: str | None = None,
+    profile: str | None = None,
+    force: bool = False,
+    execution: Execution = Execution(),
 ) -> Path:
     """Continue an interrupted job under the settings it began with; ``model``: where its weights are now.
 
+    ``profile``: fit it into other memory than it began in (in float32, other tiles round differently).
     Raises UsageError, and leaves the job alone, if weights, libraries or settings differ (unless ``force``).
     """
     clock = _Clock(emit)
@@ -129,6 +136,8 @@ def resume(
             inputs = manifest.inputs.model_copy(update={"model": location(model)})
             manifest = manifest.model_copy(update={"inputs": inputs})
         check_recorded(manifest.request, manifest.write, manifest.inputs)
+        if profile is not None:
+            manifest = fitted_again(manifest, profile)
         _clear_leftovers(job)
         with _accountable(job, fresh=False):
             before = job.manifest if begun else None
@@ -156,8 +165,14 @@ def _make(
 
     ``manifest`` becomes the job's only once its weights have passed: a refused run changes nothing.
     """
+    from .embeddings import Embeddings
+
     loaded = execution.load(manifest, clock, execution.ranks)
     pipe, found, until = loaded.pipe, loaded.found, execution.until
+    if manifest.inputs.arrangement is not None:
+        pipe.residency.tell = partial(clock.say, "progress", "load")
+    if manifest.inputs.cache is not None:
+        pipe.embeddings = Embeddings(Path(manifest.inputs.cache), found, partial(clock.say, "notice", "text"))
     changes = list(differences(before, found)) if before is not None else []
     if changes and refuse:
         raise UsageError(f"this is not what the job began with: {'; '.join(changes)}; use --force to go on regardless")
@@ -201,8 +216,7 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     settings, inputs, way = manifest.settings, manifest.inputs, arrangement(manifest)
-    told = partial(clock.say, "progress", "load")
-    load: Any = sources.load if way is None else partial(parts.load, arrangement=way, tell=told)
+    load: Any = sources.load if way is None else partial(parts.load, arrangement=way)
     try:
         return load(
             presets.get(manifest.request.preset),
@@ -240,8 +254,14 @@ def _video(pipe: Pipeline, job: Job, clock: _Clock, lanes: Lanes) -> Path:
     low = _motion_pixels(pipe, manifest)
     way = arrangement(manifest)
     lanes = lanes if way is None or way.overlap else dataclasses.replace(lanes, overlap=False)
-    stream = pipe.stream(job.photo(), request, job=job, motion=low, emit=clock.forward, lanes=lanes)
-    frames = _frames(stream, lanes.trace)
+    stream: Any = pipe.stream(job.photo(), request, job=job, motion=low, emit=clock.forward, lanes=lanes)
+    # Not left to the traceback of what fails: its lanes have to end before the job's lock is given back.
+    with closing(stream):
+        return _written(_frames(stream, lanes.trace), target, manifest)
+
+
+def _written(frames: Iterator[Tensor], target: Path, manifest: Manifest) -> Path:
+    request = manifest.request
     if target.suffix.lower() not in VIDEO_SUFFIXES:
         media.write_png_sequence(target, frames)
         return target

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .core import UsageError
 
 GIB = 2**30
+UNKNOWN = 2**62  # host memory where nobody can say how much there is: as much as it takes
 # What a CUDA context, its libraries and a screen take of a card before the first tensor is there.
 CARD_RESERVE = GIB
 # Of a machine's free memory, what is left to others.
@@ -26,6 +27,11 @@ class Budget:
     host_bytes: int
     source: str
     on_cpu: bool = False
+
+    def words(self) -> str:
+        """What a run may take."""
+        host = "" if self.on_cpu or self.host_bytes >= UNKNOWN else f" and {self.host_bytes / GIB:.0f} in host memory"
+        return f"{self.device_bytes / GIB:.1f} GiB{host} for a run"
 
 
 @dataclass(frozen=True)
@@ -70,5 +76,5 @@ def budget_of(name: str, free_device: int | None, free_host: int | None) -> Budg
         if free_host is None:
             raise UsageError(f"profile {name}: free memory is not known on this system; leave --profile out")
         return Budget(free_host - HOST_RESERVE, 0, f"{free_host / GIB:.1f} GiB free in this machine", on_cpu=True)
-    host = free_host - HOST_RESERVE if free_host is not None else 0
+    host = free_host - HOST_RESERVE if free_host is not None else UNKNOWN
     return Budget(free_device - CARD_RESERVE // 2, host, f"{free_device / GIB:.1f} GiB free on the accelerator")

@@ -21,10 +21,11 @@ from .arrangement import Arrangement
 from .memory import release_cached
 from .models.causal_vae import StreamingVAE, WanStreamingVAE, streaming
 
-Phase = Literal["text", "motion", "refine"]
+Phase = Literal["text", "motion", "encode", "refine"]
 PARTS: dict[Phase, tuple[str, ...]] = {
     "text": ("text_encoder", "image_encoder"),
     "motion": ("transformer",),
+    "encode": (),
     "refine": ("transformer_2",),
 }
 
@@ -33,6 +34,7 @@ class Residency:
     """Everything stays where it was put; the VAE is cut as an ``arrangement`` says, if there is one."""
 
     device: torch.device | None = None
+    tell: Callable[[str], None] | None = None
 
     def __init__(self, arrangement: Arrangement | None = None) -> None:
         self.arrangement = arrangement
@@ -72,17 +74,11 @@ class Part:
 
 
 class Phased(Residency):
-    """Parts load and leave with their phases. ``tell`` is given a line for every part that is loaded."""
+    """Parts load and leave with their phases. ``tell`` is given the name of every part that is loaded."""
 
-    def __init__(
-        self,
-        parts: Mapping[str, Part],
-        device: torch.device,
-        arrangement: Arrangement | None = None,
-        tell: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, parts: Mapping[str, Part], device: torch.device, arrangement: Arrangement | None = None) -> None:
         super().__init__(arrangement)
-        self.device, self.parts, self.tell = device, dict(parts), tell
+        self.device, self.parts = device, dict(parts)
         self.phase: Phase | None = None
 
     def enter(self, phase: Phase, pipeline: Any) -> None:

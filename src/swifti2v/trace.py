@@ -6,7 +6,6 @@ A span inside another of the same thread is part of it. Knows nothing of what is
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -66,7 +65,7 @@ class Trace:
             number += 1
 
     def write(self, path: Path) -> None:
-        """One JSON object, times in microseconds, a row for every lane; the file appears whole or not at all."""
+        """One JSON object, times in microseconds, a row for every lane."""
         lanes = list(dict.fromkeys(span.lane for span in sorted(self._spans, key=lambda span: span.start)))
         events: list[dict[str, Any]] = []
         for number, lane in enumerate(lanes):
@@ -76,9 +75,7 @@ class Trace:
         for span in self._spans:
             times = {"ts": round(span.start * 1e6, 1), "dur": round(span.seconds * 1e6, 1)}
             events.append({"ph": "X", "name": span.name, "pid": 1, "tid": lanes.index(span.lane), **times})
-        made = path.with_name(f".{path.name}.tmp")
-        made.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-        os.replace(made, path)
+        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
 def own_seconds(spans: Sequence[Span]) -> dict[str, float]:

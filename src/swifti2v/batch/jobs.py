@@ -25,6 +25,7 @@ _PATHS = ("image", "motion", "output", "cache")
 _NOT_A_LINES = {
     "device": "give --devices to the batch",
     "threads": "give --workers to the batch",
+    "vae_device": "a worker has one device",
     "json": "give it to the batch",
     "quiet": "give it to the batch",
     "debug": "give it to the batch",

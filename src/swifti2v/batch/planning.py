@@ -85,7 +85,9 @@ def _old(line: Line, state: State) -> Clip:
             order.check_weights(presets.get(planned.request.preset), order.location(clip.options.model))
         else:
             request = order.prepare(clip.options).manifest.request
-            changes = list(_differences(planned.request.model_dump(), request.model_dump()))
+            # When the reference is encoded may depend on the memory of the day, and changes nothing.
+            now = request.model_copy(update={"encode": planned.request.encode})
+            changes = list(_differences(planned.request.model_dump(), now.model_dump()))
         if not state.attempts.get(line.number):
             _check_free(clip)
     if changes:

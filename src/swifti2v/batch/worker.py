@@ -21,7 +21,7 @@ import torch
 from .. import media, mobile, pipeline, presets, produce  # noqa: F401  # a worker that is ready has all it needs
 from ..core import Event, Request, RunError, UsageError
 from ..journal import KINDS, LOCK, MANIFEST, PHOTO, Job, Manifest, lock_folder
-from ..memory import FastPaths, choose_placement, place
+from ..memory import FastPaths, choose_placement, place, release_cached
 from ..order import prepare
 from ..origin import origin_of
 from ..produce import VIDEO_SUFFIXES, Loaded
@@ -69,6 +69,13 @@ class Keeper:
             self._fast = {fast, FastPaths.from_settings(self._kept.found["settings"])}
         return self._kept
 
+    def make_room(self) -> None:
+        """Let go of what was arranged to fit, before what is free is asked for anew."""
+        if self._kept is not None and self._key is None:
+            device = self._kept.pipe.placement.device
+            self._kept = None
+            release_cached(device)
+
     def _lighten(self, loaded: Loaded) -> None:
         spare = {"motion": "transformer_2", "rest": "transformer"}.get(self._where.stage)
         if spare is not None and loaded.pipe.preset.stages == 2:
@@ -96,6 +103,7 @@ def _made(task: Task, where: Place, keeper: Keeper, emit: Emit) -> Outcome:
     begun = (clip.folder / MANIFEST).is_file()
     if task.stage == "rest" and clip.staged and not (begun and _has_motion(clip)):
         return Outcome("unready", message="the journal lacks windows of Stage I")
+    keeper.make_room()
     execution = produce.Execution(load=keeper, until="motion" if task.stage == "motion" else "video")
     if begun:
         path = produce.resume(clip.folder, emit, model=clip.options.model, execution=execution)
