@@ -67,7 +67,7 @@ QUEUE = (
     Item("vae", "benchmarks/vae.py --only channels_last_3d tiled tiled_parked", 5),
     Item("vae-compiled", "benchmarks/vae.py --only compiled", 8),
     Item("vae-channels-last-compiled", "benchmarks/vae.py --only channels_last_compiled", 8),
-    Item("vae-2.1", "benchmarks/vae.py --vae wan2.1 --size 640x352 --only channels_last_3d", 4),
+    Item("vae-2.1", "benchmarks/vae.py --vae wan2.1 --only channels_last_3d", 4),
     Item("stage-two-backends", f"{STAGE_TWO} backends reference modulation", 6),
     Item("stage-two-compiled", f"{STAGE_TWO} compiled quantized", 8),
     Item("stage-two-clips", f"{STAGE_TWO} windows length", 8),

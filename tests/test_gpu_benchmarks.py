@@ -170,6 +170,16 @@ def test_predictions_stand_beside_the_peaks_of_their_phases(script: ModuleType) 
     }
 
 
+@pytest.mark.parametrize("script", ["arranged"], indirect=True)
+def test_a_part_that_waits_stays_where_it_is_when_its_copy_moves(script: ModuleType) -> None:
+    waiting = tiny_pipeline("wan").transformer
+    weight = waiting.proj_out.weight
+    copy = script.beside(waiting)
+    assert copy.proj_out.weight is not weight and copy.proj_out.weight.data_ptr() == weight.data_ptr()
+    copy.to("meta")
+    assert waiting.proj_out.weight is weight and all(p.device.type == "cpu" for p in waiting.parameters())
+
+
 @pytest.mark.parametrize("script", ["headline"], indirect=True)
 def test_what_is_streamed_is_not_compiled(script: ModuleType) -> None:
     arranged = importlib.import_module("arranged")
