@@ -142,7 +142,7 @@ def test_context_parallel(script: ModuleType, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("script", ["overlap"], indirect=True)
 def test_overlap(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = line_of(script, weights, capsys, "--steps", "1")["results"]
-    assert results["equal"] and results["ratio"] > 0 and results["memory_ratio"] > 0.5
+    assert results["equal"] and results["ratio"] > 0
     assert {"denoise", "decode", "write"} <= results["runs"]["at once"][0]["own_seconds"].keys()
 
 

@@ -274,7 +274,7 @@ def test_the_failure_of_another_process_is_told_and_leaves_a_job(place: Path) ->
     first, second = together(failing, place)
     assert time.monotonic() - begin < 40
     assert second == {"error": "MemoryError", "message": "nothing left to hold layer 1"}
-    assert first["error"] == "RunError"
+    assert first["error"] == "Unfinished"
     assert first["message"].startswith("process 1: nothing left to hold layer 1; resume with: swifti2v resume")
     assert len(list((place / "clip.job").glob("segments/*.safetensors"))) == 2  # two calls each
 

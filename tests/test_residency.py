@@ -168,3 +168,41 @@ def test_the_vaes_may_have_a_device_of_their_own(saved: Path) -> None:
     assert all(part._hf_hook.io_same_device for part in (apart.transformer, apart.transformer_2))
     assert apart.fingerprint()["settings"]["vae_device"] == "cpu"
     assert torch.equal(made(apart, photo, request, lanes=Lanes(True)), made(plain, photo, request))
+
+
+def test_a_profile_from_the_command_line_is_kept_by_the_job(saved: Path, tmp_path: Path) -> None:
+    from swifti2v import produce
+    from swifti2v.journal import Job
+    from swifti2v.options import Options
+    from swifti2v.order import prepare
+
+    told: dict[str, Any] = {
+        "prompt": "slow pan left",
+        "preset": "tiny-wan",
+        "size": "128x64",
+        "num_frames": 33,
+        "seed": 1,
+    }
+    told |= {"image": "examples/photo.jpg", "model": str(saved), "dtype": "float32", "keep_job": True}
+    plain = produce.start(prepare(Options(**told, output=str(tmp_path / "plain.mp4"))), lambda event: None)
+    order = prepare(Options(**told, profile="24gb", output=str(tmp_path / "fitted.mp4")))
+    assert any("profile 24gb" in line for line in order.notices)
+    lines: list[str] = []
+
+    def stop(event: Any) -> None:
+        lines.append(event.message)
+        if event.type == "segment" and event.segment == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        produce.start(order, stop)
+    assert {"text_encoder", "transformer", "transformer_2"} <= set(lines)  # told as they were loaded
+    lines.clear()
+    fitted = produce.resume(tmp_path / "fitted.job", lambda event: lines.append(event.message))
+    assert "transformer" not in lines and "transformer_2" in lines  # Stage I was done
+    with Job.open(tmp_path / "plain.job") as one, Job.open(tmp_path / "fitted.job") as two:
+        assert produce.arrangement(two.manifest) is not None and produce.arrangement(one.manifest) is None
+        for kind in ("motion", "segments"):
+            pairs = list(zip(one.stream(kind), two.stream(kind), strict=True))  # type: ignore[arg-type]
+            assert pairs and all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+    assert plain.stat().st_size > 0 and fitted.stat().st_size > 0

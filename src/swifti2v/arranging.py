@@ -53,8 +53,7 @@ def _nearest(planner: Planner, budget: Budget, layer_bytes: float | None) -> str
     """The largest smaller size that fits, and the smallest card that this size fits."""
 
     def fits(candidate: Planner, within: Budget) -> bool:
-        pricing = Pricing(candidate, within.on_cpu, layer_bytes)
-        return not pricing.smallest(within).missing(within) or pricing.cheapest(within) is not None
+        return Pricing(candidate, within.on_cpu, layer_bytes).cheapest(within) is not None
 
     request, grid, words = planner.request, planner.preset.grid, []
     for share in (0.75, 0.5, 0.25, 0.1, 0.05, 0.02):
@@ -63,7 +62,8 @@ def _nearest(planner: Planner, budget: Budget, layer_bytes: float | None) -> str
             words.append(f"{size} would fit")
             break
     cards = [] if budget.on_cpu else sorted(PROFILES.values(), key=lambda profile: profile.device_gib)
-    words += [f"this size fits {card.name}" for card in cards if fits(planner, card.budget())][:1]
+    card = next((card for card in cards if fits(planner, card.budget())), None)
+    words += [] if card is None else [f"this size fits {card.name}"]
     if layer_bytes is not None and Pricing(planner, budget.on_cpu).cheapest(budget) is not None:
         words.append("it fits without --quantize, its layers streamed")
     return " and ".join(words) or "no smaller size fits either"

@@ -48,11 +48,12 @@ def load(
     loras: Sequence[tuple[str, float]] = (),
     loras_2: Sequence[tuple[str, float]] = (),
     fast: FastPaths | None = None,
+    tell: Callable[[str], None] | None = None,
     **where: Any,
 ) -> SwiftI2VPipeline | MobileI2VPipeline:
     """As ``sources.load`` (``where``: its ``device``, ``dtype``, ``threads``), but made to fit by ``arrangement``.
 
-    Raises what that raises, and RunError if Stage II is untrained.
+    ``tell`` is given the name of every part that is loaded later. Raises what that raises.
     """
     if not arrangement.phased:
         pipeline = sources.load(preset, model=model, loras=loras, loras_2=loras_2, fast=fast, **where)
@@ -74,7 +75,7 @@ def load(
     deferred.placement = placement
     ready = _Ready(deferred, placement, {"one": loras, "two": loras_2}, arrangement)
     parts = {name: Part(skeletons[name], loader, ready.of(name)) for name, loader in loaders.items()}
-    deferred.residency = Phased(parts, placement.device, arrangement)
+    deferred.residency = Phased(parts, placement.device, arrangement, tell)
     return deferred
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shlex
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -200,7 +201,8 @@ def _load(manifest: Manifest, clock: _Clock) -> Pipeline:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     settings, inputs, way = manifest.settings, manifest.inputs, arrangement(manifest)
-    load: Any = sources.load if way is None else partial(parts.load, arrangement=way)
+    told = partial(clock.say, "progress", "load")
+    load: Any = sources.load if way is None else partial(parts.load, arrangement=way, tell=told)
     try:
         return load(
             presets.get(manifest.request.preset),
@@ -325,20 +327,24 @@ def _clear_leftovers(job: Job) -> None:
 
 
 class _Clock:
-    """Passes events on with the seconds since the whole run began; the pipeline's own end is not the run's."""
+    """Passes events on with the seconds since the whole run began; the pipeline's own end is not the run's.
+
+    One event at a time, whatever thread it comes from.
+    """
 
     def __init__(self, emit: Emit) -> None:
-        self._emit, self._begin = emit, time.monotonic()
+        self._emit, self._begin, self._one_at_a_time = emit, time.monotonic(), threading.Lock()
 
     def forward(self, event: Event) -> None:
         if event.type != "completed":
-            self._emit(dataclasses.replace(event, seconds=round(time.monotonic() - self._begin, 3)))
+            self._pass(event)
 
     def say(self, type: Any, phase: str, message: str) -> None:
-        self._emit(Event(type, phase, seconds=round(time.monotonic() - self._begin, 3), message=message))
+        self._pass(Event(type, phase, message=message))
 
-
-Loader = Callable[[Manifest, _Clock, Any], Loaded]
+    def _pass(self, event: Event) -> None:
+        with self._one_at_a_time:
+            self._emit(dataclasses.replace(event, seconds=round(time.monotonic() - self._begin, 3)))
 
 
 def _shown(path: Path) -> str:
