@@ -58,20 +58,17 @@ def _training(name: str, recipe: str, needs: str) -> Item:
 
 HEADLINE, STAGE_TWO = "benchmarks/headline.py --preset wan", "benchmarks/stage_two.py --part"
 QUEUE = (
-    Item("headline", f"{HEADLINE} --leave", 6),
-    Item(
-        "headline-24gb",
-        f"{HEADLINE} --memory-gib 24 --tiles 2x4 --park --offload transformer transformer_2 text_encoder image_encoder",
-        8,
-    ),
+    Item("headline", f"{HEADLINE} --profile 80gb", 8),
+    Item("headline-24gb", f"{HEADLINE} --profile 24gb", 8),
+    Item("headline-at-once", f"{HEADLINE} --profile 80gb --at-once", 8),
     _training("train-nano-vae", "nano_vae", PHOTOS),
     _training("train-nano-one", "nano_one", PHOTOS),
     _training("train-nano-two", "nano_two", PHOTOS),
     Item("vae", "benchmarks/vae.py --only channels_last_3d tiled tiled_parked", 5),
     Item("vae-compiled", "benchmarks/vae.py --only compiled", 8),
     Item("vae-channels-last-compiled", "benchmarks/vae.py --only channels_last_compiled", 8),
-    Item("vae-2.1", "benchmarks/vae.py --vae wan2.1 --size 640x352 --only channels_last_3d", 4),
-    Item("stage-two-backends", f"{STAGE_TWO} backends modulation", 5),
+    Item("vae-2.1", "benchmarks/vae.py --vae wan2.1 --only channels_last_3d", 4),
+    Item("stage-two-backends", f"{STAGE_TWO} backends reference modulation", 6),
     Item("stage-two-compiled", f"{STAGE_TWO} compiled quantized", 8),
     Item("stage-two-clips", f"{STAGE_TWO} windows length", 8),
     Item("mobile", "benchmarks/mobile.py --threads 1", 8),

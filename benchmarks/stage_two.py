@@ -3,12 +3,13 @@
     python benchmarks/stage_two.py --part backends --record
     python benchmarks/stage_two.py --tiny                     # all parts in seconds, on a CPU too
 
-Parts. ``backends``: every attention kernel that diffusers offers. ``compiled``: the repeated layers compiled.
-``quantized``: torchao's fp8 (a scale a row) and int8, compiled as they have to be. ``modulation``: a noise level a
-block against one a token. Each of these calls one window of M=3 N=1, the variant beside plain in one run (ratio above
-1: faster), with its difference from plain's velocity. ``windows``: seconds of a clip over M and N. ``length``: peak
-bytes over frames, wanted within 2 % of one another. The last two run ``refine`` with one step a segment, and on a CPU
-count the bytes of live tensors. Random weights.
+Parts, by the library's own functions and names. ``backends``: every attention kernel (``attention``). ``compiled``: the
+repeated layers (``compiling``). ``quantized``: every kind of 8 bits, compiled as it has to be (``quantize``).
+``reference``: its tokens once a segment of four steps against in each. ``modulation``: a noise level a block against
+one a token. Each of these calls one window of M=3 N=1, the variant beside plain in one run (ratio above 1: faster),
+with its difference from plain's velocity. ``windows``: seconds of a clip over M and N. ``length``: peak bytes over
+frames, wanted within 2 % of one another. The last two run ``refine`` with one step a segment, and on a CPU count the
+bytes of live tensors. Random weights.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from typing import Any
 import common
 import gpu
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from swifti2v.attention import NAMES, NATIVE, AttentionChoice, probe, use_attention
+from swifti2v.compiling import compile_blocks
 from swifti2v.models.wan import SwiftI2VTransformer3DModel
+from swifti2v.quantize import KINDS, check_quantization, quantize
 from swifti2v.segments import CSG, Window, windows
-from swifti2v.stage_two import Sampling, dit_velocity, refine
+from swifti2v.stage_two import Sampling, Velocity, dit_velocity, refine
 
 SWEEP = ((3, 1), (1, 1), (2, 1), (4, 1), (5, 1), (3, 0), (3, 2), (5, 2), (20, 0))
 TINY_SWEEP = ((3, 1), (1, 1), (3, 0))
 FLAT_WITHIN = 0.02
 TRAINED_BLOCKS = 21
+STEPS = (1.0, 0.75, 0.5, 0.25)
 ELSEWHERE = "its kernel comes from a hub: nothing is downloaded here"
 
 
@@ -85,61 +90,55 @@ class Bench:
 
 
 def backends(bench: Bench) -> dict[str, Any]:
-    """Plain is torch's own choice of kernel. A kernel that is not there is refused by diffusers, with the reason."""
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    network, run = bench.network, bench.call(bench.network)
-
-    def using(name: str) -> Tensor:
-        network.set_attention_backend(name)
-        try:
-            return run()
-        finally:
-            network.set_attention_backend("native")  # sets the process's, too
-
-    names = [backend.value for backend in AttentionBackendName if backend.value != "native"]
-    there = {name: partial(using, name) for name in names if "_hub" not in name}
-    rows = bench.beside(there)
-    return rows | {name: {"skipped": ELSEWHERE} for name in names if name not in there}
-
-
-def compiled(bench: Bench) -> dict[str, Any]:
-    """The repeated layer compiled once, for every layer and, from the second window length on, for every length."""
-    return bench.beside({"compiled": bench.call(_compiled(bench, bench.twin()))})
-
-
-def quantized(bench: Bench) -> dict[str, Any]:
-    """Linear layers of the blocks through torchao; each kind holds weights of its own."""
-    try:
-        from torchao import quantization as ao
-    except ImportError as error:
-        return {"skipped": gpu.reason(error)}
-    kinds: dict[str, Callable[[], Any]] = {
-        "fp8 rows": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
-        "fp8 weights": ao.Float8WeightOnlyConfig,
-        "int8": ao.Int8DynamicActivationInt8WeightConfig,
-        "int8 weights": ao.Int8WeightOnlyConfig,
-    }
-    calls: dict[str, Callable[[], Any]] = {"compiled": bench.call(_compiled(bench, bench.twin()))}
+    """Plain is torch's own choice of kernel. What the library refuses is not tried, with its reason."""
+    machine, width = bench.machine, bench.network.config.attention_head_dim
+    calls: dict[str, Callable[[], Any]] = {}
     refused: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        network = copy.deepcopy(bench.network)
-        try:
-            ao.quantize_(network, kind(), filter_fn=_linear_of_a_block)
-        except gpu.REFUSALS as error:
-            refused[name] = {"skipped": gpu.reason(error)}
+    for name in sorted({*NAMES} - {NATIVE}):
+        reason = ELSEWHERE if "_hub" in name else probe(name, machine.device, machine.dtype, width)
+        if reason is not None:
+            refused[name] = {"skipped": reason}
             continue
-        calls[name] = bench.call(_compiled(bench, network))
+        network = bench.twin()
+        use_attention([network], AttentionChoice(name, "to be timed"))
+        calls[name] = bench.call(network)
     return bench.beside(calls) | refused
 
 
-def _linear_of_a_block(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear) and name.startswith("blocks.")
+def compiled(bench: Bench) -> dict[str, Any]:
+    """The repeated layer compiled once, for every layer and for windows of every length."""
+    network = bench.twin()
+    compile_blocks(network, bench.machine.compiler)
+    return bench.beside({"compiled": bench.call(network)})
 
 
-def _compiled(bench: Bench, network: SwiftI2VTransformer3DModel) -> SwiftI2VTransformer3DModel:
-    network.compile_repeated_blocks(backend=bench.machine.compiler, fullgraph=True)
-    return network
+def quantized(bench: Bench) -> dict[str, Any]:
+    """The blocks in 8 bits and compiled, as it has to be; each kind holds weights of its own."""
+    calls: dict[str, Callable[[], Any]] = {}
+    refused: dict[str, Any] = {}
+    for kind in KINDS:
+        try:
+            check_quantization(kind, bench.machine.device, bench.machine.dtype)
+            network = copy.deepcopy(bench.network)
+            quantize(network, kind)
+        except gpu.REFUSALS as error:
+            refused[kind] = {"skipped": gpu.reason(error)}
+            continue
+        compile_blocks(network, bench.machine.compiler)
+        calls[kind] = bench.call(network)
+    return bench.beside(calls) | refused
+
+
+def reference(bench: Bench) -> dict[str, Any]:
+    """A segment of ``STEPS``: plain embeds latents and reference together in each, the other the reference once."""
+    velocity = dit_velocity(bench.network, bench.text, CSG(), trained_blocks=TRAINED_BLOCKS)
+
+    def last(once: Callable[[], Velocity]) -> Tensor:
+        called = once()
+        return [called(bench.x, sigma, bench.window, bench.reference) for sigma in STEPS][-1]
+
+    calls = {"plain": lambda: last(lambda: velocity), "once a segment": lambda: last(velocity.for_segment)}
+    return gpu.beside_plain(bench.machine, calls, bench.asked.rounds, bench.rate)
 
 
 def modulation(bench: Bench) -> dict[str, Any]:
@@ -209,6 +208,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "backends": backends,
     "compiled": compiled,
     "quantized": quantized,
+    "reference": reference,
     "modulation": modulation,
     "windows": sweep,
     "length": length,

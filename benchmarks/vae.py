@@ -1,6 +1,7 @@
 """What does the VAE of 2K cost alone, and what do its exact fast paths gain?
 
     python benchmarks/vae.py --record                    # Wan2.2's, 17 frames of 2560x1408, encode and decode
+    python benchmarks/vae.py --vae wan2.1 --record       # Stage I's, of 640x352
     python benchmarks/vae.py --tiny                      # seconds, on a CPU too
 
 Variants, each beside the plain path in the same run: ``channels_last_3d``, compiled region by region (the blocks of
@@ -27,13 +28,14 @@ from swifti2v.core import Size
 from swifti2v.models.causal_vae import StreamingVAE, WanStreamingVAE, decode_stream, encode_stream
 from swifti2v.models.vae_layout import channels_last, compiled
 
+SIZES = {"wan2.1": "640x352", "wan2.2": "2560x1408"}
 CHUNK_BLOCKS = 3  # decoded together, as the pipeline does with a segment
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.gpu_parser(__doc__)
-    parser.add_argument("--vae", choices=("wan2.1", "wan2.2"), default="wan2.2")
-    parser.add_argument("--size", help="default: 2560x1408; tiny: 64x64")
+    parser.add_argument("--vae", choices=list(SIZES), default="wan2.2")
+    parser.add_argument("--size", help="default: 2560x1408, of wan2.1 640x352; tiny: 64x64")
     parser.add_argument("--num-frames", type=int, help="default: 17; tiny: 5")
     parser.add_argument("--tiles", default="2x4", help="ROWSxCOLUMNS of the tiled encoder and decoder")
     parser.add_argument("--rounds", type=int, help="how often each is timed (default: 3; tiny: 1)")
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = common.parsed(parser, arguments)
     machine = gpu.Machine.of(asked)
     record = common.Record("seconds and GiB of the VAE alone, and of its exact fast paths", asked, __file__)
-    size = Size.parse(asked.size or ("64x64" if asked.tiny else "2560x1408"))
+    size = Size.parse(asked.size or ("64x64" if asked.tiny else SIZES[asked.vae]))
     frames, rounds = asked.num_frames or (5 if asked.tiny else 17), asked.rounds or (1 if asked.tiny else 3)
     vae = gpu.made(machine, partial((gpu.vae_two if asked.vae == "wan2.2" else gpu.vae_one), asked.tiny))
     rate = gpu.product_rate(machine)

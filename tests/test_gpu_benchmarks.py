@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import shlex
@@ -15,7 +16,10 @@ import pytest
 import torch
 
 from swifti2v import costs, presets
+from swifti2v.arrangement import Arrangement, Need
+from swifti2v.core import UsageError
 from swifti2v.plan import plan
+from swifti2v.quantize import KINDS, kind_of
 from swifti2v.tiny import WAN_DIT, tiny_pipeline
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -107,21 +111,81 @@ def test_headline_phases_add_up(script: ModuleType, capsys: pytest.CaptureFixtur
     assert [chunk["frames"] for chunk in results["chunks"]] == [1, 12, 4]
     assert results["first_frame_seconds"] < results["first_segment_seconds"] < results["seconds"]
     assert results["flops"] == sum(row["flops"] for row in phases.values())
-    # Two steps over windows of 4 blocks and of 3: what was counted is the closed form of the toy network.
+    # Two steps over windows of 4 blocks and of 3: what was counted is the closed form of the toy network, but for the
+    # reference, embedded once a segment: 4 channels of 2x2 pixels by 48, 4 tokens a block.
     names = {"heads": "num_attention_heads", "ffn": "ffn_dim", "layers": "num_layers", "head_dim": "attention_head_dim"}
     toy = {ours: WAN_DIT[theirs] for ours, theirs in names.items()}
     cost = costs.WanDiTCost(in_channels=8, out_channels=4, text_dim=16, freq_dim=32, **toy)
-    assert phases["refine 1"]["flops"] == 2 * cost.flops(4, 4)
-    assert phases["refine 2"]["flops"] == 2 * cost.flops(3, 4)
+    assert phases["refine 1"]["flops"] == 2 * cost.flops(4, 4) - 2 * 16 * 48 * 4 * 4
+    assert phases["refine 2"]["flops"] == 2 * cost.flops(3, 4) - 2 * 16 * 48 * 3 * 4
 
 
 @pytest.mark.parametrize("script", ["headline"], indirect=True)
-def test_headline_with_what_a_small_card_needs(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    told = ["--tiles", "2x2", "--park", "--offload", "text_encoder", "transformer", "--leave", "--encode", "ahead"]
-    line = line_of(script, capsys, *told, "--memory-gib", "24", "--num-frames", "5")
-    assert line["settings"]["memory_gib"] is None  # a CPU has no such limit
-    assert line["settings"]["leave"] == ["image_encoder"]
-    assert line["results"]["fits"] and len(line["results"]["chunks"]) == 2
+def test_headline_as_arranged_for_a_card(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(script, capsys, "--profile", "24gb", "--at-once", "--num-frames", "5")
+    settings, results = line["settings"], line["results"]
+    assert settings["memory_gib"] is None  # a CPU has no such limit
+    assert settings["at_once"] and settings["attention"] == "native"
+    assert settings["encode"] == "ahead"  # as the true size has to, within 24 GB
+    assert any(words.startswith("streamed layer by layer") for words in settings["arranged"])
+    assert any(words.startswith("decoded in") for words in settings["arranged"])
+    assert results["fits"] and len(results["chunks"]) == 2 and "phases" not in results
+    assert {"text", "motion", "reference", "denoise", "decode"} <= set(results["own_seconds"])
+    assert results["needs"]["whole"]["predicted_gib"] < 24
+
+
+@pytest.mark.parametrize("script", ["headline"], indirect=True)
+def test_an_arrangement_is_carried_out_phase_by_phase(script: ModuleType) -> None:
+    arranged, gpu = importlib.import_module("arranged"), importlib.import_module("gpu")
+    asked = script.options(["--tiny", "--profile", "24gb", "--quantize", "int8", "--num-frames", "5"])
+    way = arranged.way_of(asked, script.requested(asked, presets.get("wan"), **script.TRUE_SIZE))
+    machine = gpu.Machine(torch.device("cpu"), torch.float32)
+    pipeline = arranged.built(machine, asked, way)
+    assert way.phased and way.streamed == ()  # in 8 bits all of them fit, one at a time
+    tiling = pipeline.residency.streaming(pipeline.vae_2).tiling
+    assert (tiling.rows, tiling.columns) == (way.decode.rows, way.decode.columns) != (1, 1)
+    before = pipeline.transformer
+    results = script.run(machine, pipeline, script.requested(asked, pipeline.preset, encode=way.encode_when))
+    assert results["fits"] and {"load", "motion", "refine 1", "text"} <= set(results["phases"])
+    assert pipeline.transformer is before and not before._forward_pre_hooks
+    assert kind_of(before) is None  # what was loaded, in 8 bits, has gone
+    assert pipeline.placement.settings()["quantize"] == "int8"
+
+
+@pytest.mark.parametrize("script", ["headline"], indirect=True)
+def test_predictions_stand_beside_the_peaks_of_their_phases(script: ModuleType) -> None:
+    arranged = importlib.import_module("arranged")
+    needs = tuple(Need(phase, round(gib * 2**30), 0) for phase, gib in (("text", 3), ("motion", 5), ("refine", 12)))
+    way = Arrangement(True, (), False, None, None, "lazy", False, needs, 0.0)
+    peaks = {"text": 2, "image": 4, "load": 9, "motion encode": 5, "encode": 6, "decode": 10, "refine 1": 8}
+    phases = {name: {"peak_gib": float(gib)} for name, gib in peaks.items()}
+    rows = arranged.compared(way, {"phases": phases}, True)
+    assert {name: row["peak_gib"] for name, row in rows.items()} == {"text": 4, "motion": 5, "refine": 10}
+    assert rows["refine"]["ratio"] == 1.2
+    ahead = dataclasses.replace(way, needs=(*needs, Need("encode", 6 * 2**30, 0)))
+    assert arranged.compared(ahead, {"phases": phases}, True)["encode"]["ratio"] == 1.0
+    assert "ratio" not in arranged.compared(way, {"phases": phases}, False)["text"]
+    assert arranged.compared(way, {"peak_gib": 10.0}, True) == {
+        "whole": {"predicted_gib": 12.0, "peak_gib": 10.0, "ratio": 1.2}
+    }
+
+
+@pytest.mark.parametrize("script", ["arranged"], indirect=True)
+def test_a_part_that_waits_stays_where_it_is_when_its_copy_moves(script: ModuleType) -> None:
+    waiting = tiny_pipeline("wan").transformer
+    weight = waiting.proj_out.weight
+    copy = script.beside(waiting)
+    assert copy.proj_out.weight is not weight and copy.proj_out.weight.data_ptr() == weight.data_ptr()
+    copy.to("meta")
+    assert waiting.proj_out.weight is weight and all(p.device.type == "cpu" for p in waiting.parameters())
+
+
+@pytest.mark.parametrize("script", ["headline"], indirect=True)
+def test_what_is_streamed_is_not_compiled(script: ModuleType) -> None:
+    arranged = importlib.import_module("arranged")
+    asked = script.options(["--profile", "24gb", "--compile"])
+    with pytest.raises(UsageError, match="--compile"):
+        arranged.way_of(asked, script.requested(asked, presets.get("wan")))
 
 
 @pytest.mark.parametrize("script", ["headline"], indirect=True)
@@ -146,7 +210,7 @@ def test_running_out_of_memory_is_a_result(script: ModuleType, monkeypatch: pyte
 def test_closed_flops_of_the_phases_are_those_of_the_plan(script: ModuleType, preset: str) -> None:
     chosen = presets.get(preset)
     request = script.requested(script.options(["--preset", preset]), chosen)
-    flops = script.closed_flops(request, chosen)
+    flops = script.closed_flops(request)
     assert sum(flops.values()) == plan(request, chosen).flops
     assert sum(name.startswith("refine") for name in flops) == 7
     if preset == "wan":
@@ -171,15 +235,16 @@ def test_vae_variants_equal_the_plain_path(script: ModuleType, capsys: pytest.Ca
 def test_stage_two(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     results = line_of(script, capsys)["results"]
     assert set(results) == set(script.PARTS)
-    for part in ("compiled", "modulation"):
+    for part in ("compiled", "modulation", "reference"):
         assert all(row["max_difference"] < 1e-4 for row in results[part].values())
     native = results["backends"]["_native_math"]
     assert native["max_difference"] < 1e-4
     assert results["backends"]["flash_hub"] == {"skipped": script.ELSEWHERE}
     assert all("skipped" in row or row["max_difference"] < 1e-2 for row in results["backends"].values())
-    if "skipped" not in results["quantized"]:
-        assert not results["quantized"]["int8 weights"]["equal"]
-        assert results["quantized"]["int8 weights"]["max_difference"] < 0.1
+    assert not results["reference"]["once a segment"]["equal"]
+    assert set(results["quantized"]) == {"plain", *KINDS}
+    assert not results["quantized"]["int8"]["equal"] and results["quantized"]["int8"]["max_difference"] < 0.1
+    assert "8.9" in results["quantized"]["fp8-rows"]["skipped"]  # the library's own words
     windows = results["windows"]
     assert windows["M=3 N=1"]["ratio"] == 1.0 and windows["M=1 N=1"]["segments"] == 4
     assert windows["M=3 N=0"]["flops"] < windows["M=3 N=1"]["flops"] < windows["M=1 N=1"]["flops"]
@@ -256,19 +321,19 @@ def test_the_queue_goes_on_where_it_stopped(
 
 
 def test_the_queue_leaves_out_what_results_hold_for_this_commit_only(queue: ModuleType, tmp_path: Path) -> None:
-    item, now = queue.Item("h", "benchmarks/headline.py --preset wan --leave", 1), {"commit": "abc", "dirty": False}
+    item, now = queue.Item("h", "benchmarks/headline.py --preset wan --at-once", 1), {"commit": "abc", "dirty": False}
     folder = tmp_path / "results"
     folder.mkdir()
 
     def held_by(**line: Any) -> bool:
-        typed = "python benchmarks/headline.py --leave --preset wan --record --note 'on an H100' --commit abc"
+        typed = "python benchmarks/headline.py --at-once --preset wan --record --note 'on an H100' --commit abc"
         (folder / "headline.jsonl").write_text(json.dumps({"command": typed, **now, **line}) + "\n")
         return bool(queue.held(item, False, now, [folder]))
 
-    assert held_by() and held_by(command="python benchmarks/headline.py --preset wan --leave --out x")
+    assert held_by() and held_by(command="python benchmarks/headline.py --preset wan --at-once --out x")
     assert not held_by(commit="abd") and not held_by(dirty=True) and not held_by(status="failed")
-    assert not held_by(command="python benchmarks/headline.py --preset wan --leave --tiny")
-    assert not held_by(command="python benchmarks/headline.py --preset wan-refine --leave")
+    assert not held_by(command="python benchmarks/headline.py --preset wan --at-once --tiny")
+    assert not held_by(command="python benchmarks/headline.py --preset wan-refine --at-once")
     assert queue.held(item, True, now, [folder]) is False
 
 
