@@ -124,6 +124,22 @@ def test_tiles(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[
         for run in (row["whole"], row["tiled"]):
             # Peaks are of the clip's first blocks and of all that came out, too: at toy size that shows.
             assert run["live_mb"] == pytest.approx(run["planned_mb"], rel=0.15)
+
+
+@pytest.mark.parametrize("script", ["fast_profile"], indirect=True)
+def test_fast_profile(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = "plain,M 5,light decoder,int8,fp8-rows,--fast"
+    results = line_of(script, weights, capsys, "--only", only)["results"]
+    assert list(results) == only.split(",") and results["--fast"]["fields"] == {"num_inference_steps": 1}
+    refused, plain = results.pop("fp8-rows"), results.pop("plain")
+    assert "compute capability" in refused["skipped"] and "seconds" not in refused
+    assert set(plain["ratio"].values()) == {1} and 0 < plain["seconds"]["stage_two"] < plain["seconds"]["whole"]
+    apart = {name: row["psnr_to_plain"]["given"]["worst"] for name, row in results.items()}
+    # The motion is given, which --fast leaves alone; what "light" leaves out has learned nothing in the twin.
+    assert apart.pop("--fast") == apart.pop("light decoder") == 99
+    assert all(20 < worst < 99 for worst in apart.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["context_parallel"], indirect=True)
 def test_context_parallel(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

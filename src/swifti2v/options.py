@@ -97,6 +97,9 @@ class Options:
     dtype: Annotated[str, option(RUN, "auto (default), float32 or bfloat16.", metavar="NAME")] = "auto"
     device: Annotated[str | None, option(RUN, "cpu, cuda, cuda:1, mps (default: the best there is).")] = None
     threads: Annotated[int | None, option(RUN, "CPU threads.")] = None
+    fast: Annotated[
+        bool, option(RUN, "Faster for a little quality: changes what the preset names, and says so.", "--fast")
+    ] = False
     profile: Annotated[
         str | None,
         option(
