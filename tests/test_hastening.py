@@ -89,8 +89,8 @@ def test_8_bits_where_the_device_can(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refused_where_it_could_change_nothing() -> None:
-    for name in ("mobile", "mobile-nano"):
-        with pytest.raises(UsageError, match=f"^--fast: {name} has nothing to change: in fewer steps"):
+    for name, why in (("mobile", "in fewer steps"), ("mobile-nano", "in fewer steps"), ("nano", "its transformers")):
+        with pytest.raises(UsageError, match=f"^--fast: {name} has nothing to change: {why}"):
             plan_of(Options(preset=name, fast=True))
     with pytest.raises(UsageError, match="device"):
         plan_of(replace(WAN, device="abacus"))
@@ -100,10 +100,14 @@ def test_refused_where_it_could_change_nothing() -> None:
 def test_in_the_order_its_manifest_and_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.zeros((64, 128, 3), np.uint8)).save("photo.png")
-    tiny_pipeline("nano").save_pretrained("twin")
-    plain = Options(image="photo.png", prompt="pan", preset="tiny-nano", model="twin", seed=1, num_frames=17)
-    order = prepare(replace(plain, fast=True))
-    assert "fast: num_inference_steps 2 -> 1" in order.notices
-    assert order.manifest.request.num_inference_steps == 1
-    assert json.loads(order.manifest.model_dump_json())["request"]["num_inference_steps"] == 1
-    assert plan_of(replace(plain, fast=True)).row("motion").forwards == 1 == plan_of(plain).row("motion").forwards / 2
+    tiny_pipeline("wan").save_pretrained("twin")
+    plain = Options(
+        image="photo.png", prompt="pan", preset="tiny-wan", model="twin", seed=1, num_frames=17, device="cpu"
+    )
+    order = prepare(replace(plain, fast=True, quantize="int8"))
+    assert {"fast: num_inference_steps_2 2 -> 1", "fast: segment_blocks 3 -> 4"} <= set(order.notices)
+    kept = json.loads(order.manifest.model_dump_json())
+    assert kept["request"]["num_inference_steps_2"] == 1 and kept["request"]["csg"]["segment_blocks"] == 4
+    assert kept["settings"]["quantize"] == "int8"
+    usual, fast = (plan_of(replace(plain, fast=on)).row("refine") for on in (False, True))
+    assert (usual.windows, usual.forwards) == (2, 4) and (fast.windows, fast.forwards) == (1, 1)
