@@ -126,6 +126,19 @@ def test_tiles(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[
             assert run["live_mb"] == pytest.approx(run["planned_mb"], rel=0.15)
 
 
+@pytest.mark.parametrize("script", ["fast_profile"], indirect=True)
+def test_fast_profile(script: ModuleType, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = "plain,M 5,light decoder,int8,fp8-rows"
+    results = line_of(script, weights, capsys, "--only", only)["results"]
+    assert list(results) == only.split(",") and results["M 5"]["fields"] == {"csg": {"segment_blocks": 5}}
+    refused, plain = results.pop("fp8-rows"), results.pop("plain")
+    assert "compute capability" in refused["skipped"] and "seconds" not in refused
+    assert set(plain["ratio"].values()) == {1} and 0 < plain["seconds"]["stage_two"] < plain["seconds"]["whole"]
+    apart = {name: row["psnr_to_plain"]["given"]["worst"] for name, row in results.items()}
+    assert apart.pop("light decoder") == 99  # what it leaves out has learned nothing in the twin
+    assert all(20 < worst < 99 for worst in apart.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["context_parallel"], indirect=True)
 def test_context_parallel(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,9 @@ class Options:
         str | None, option(RUN, "The VAEs on a device of their own, e.g. cuda:1.", metavar="DEVICE")
     ] = None
     threads: Annotated[int | None, option(RUN, "CPU threads.")] = None
+    fast: Annotated[
+        bool, option(RUN, "Faster for a little quality: changes what the preset names, and says so.", "--fast")
+    ] = False
     profile: Annotated[
         str | None,
         option(

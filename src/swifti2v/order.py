@@ -19,6 +19,7 @@ from . import media, presets
 from .checkpoints import locate, read_metadata, sha256
 from .core import Request, Size, UsageError
 from .fitting import arrangement_of, check_names, fitted_again, planned
+from .hastening import hastened
 from .journal import Inputs, Manifest, WriteOptions
 from .origin import Origin, described, find_photo, origin_of
 from .presets import Preset
@@ -70,9 +71,10 @@ def _at_the_door() -> Iterator[None]:
 @_at_the_door()
 def prepare(options: Options) -> Order:
     """Check everything that ``generate`` needs. Raises UsageError; makes nothing."""
+    preset = presets.get(options.preset)
+    options, hasty = hastened(options, preset)
     if options.image is None:
         raise UsageError("--image is missing; give the photo to start from")
-    preset = presets.get(options.preset)
     if options.prompt is None and preset.reads_text:
         raise UsageError('--prompt is missing; say what should happen, e.g. --prompt "slow pan left"')
     _refuse_second_stage(options, preset)
@@ -107,7 +109,7 @@ def prepare(options: Options) -> Order:
     )
     photo = fit_image(source.pixels, request.size, request.fit)
     fitted = () if way is None else (f"memory, {way.source}: {'; '.join(way.ways())}",)
-    return Order(manifest, photo, wanted, (*source.notes, *notices, *fitted), options.preview)
+    return Order(manifest, photo, wanted, (*source.notes, *hasty, *notices, *fitted), options.preview)
 
 
 def _refuse_second_stage(options: Options, preset: Preset) -> None:
@@ -163,6 +165,7 @@ def _shared(options: Options, preset: Preset, request: Request) -> tuple[str, ..
 def plan_of(options: Options) -> Plan:
     """The ``Plan`` of these options; the photo is optional (its aspect decides the size)."""
     preset = presets.get(options.preset)
+    options, _ = hastened(options, preset)
     size = media.read_image(options.image).size if options.image is not None else None
     request, _ = request_of(options, preset, size)
     check_names(options)
