@@ -110,7 +110,7 @@ _REFINE_FAST = MappingProxyType(
 )
 _FP8 = "fp8-rows"
 _NANO_IS_FAST = "its transformers take a fourteenth of a clip's time (docs/fast.md)"
-_FEWER_STEPS = "in fewer steps its clips move less than they are asked to, and no student of fewer steps is there"
+_FEWER_STEPS = "no student of fewer steps is there, and an untaught network moves too little (docs/experiments.md)"
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
