@@ -4,7 +4,7 @@
     python benchmarks/overlap.py --size 2560x1408 --record
     python benchmarks/overlap.py --tiny                          # seconds
 
-The real command line in fresh processes, ``--in-turn`` and not, in turn, round after round; the best round of each
+The real command line in fresh processes, ``--in-turn`` and ``--at-once``, round after round; the best round of each
 counts. ``ratio`` is in turn over at once (above 1: at once is faster). ``own_seconds`` are of the stages' own work,
 from ``--trace``, which both write: their sum over ``stages_seconds`` is how many worked at once on average.
 ``equal``: the files are the same bytes. Seconds are of the whole process.
@@ -21,7 +21,7 @@ import common
 
 from swifti2v.trace import Span, own_seconds
 
-WAYS = {"in turn": ["--in-turn"], "at once": []}
+WAYS = {"in turn": ["--in-turn"], "at once": ["--at-once"]}
 STAGES = ("reference", "denoise", "decode", "write")
 
 

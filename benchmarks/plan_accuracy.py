@@ -5,7 +5,7 @@
 
 For every size: the plan's activation peak beside the peak of live tensors (``meters.LiveBytes``) in a whole run in
 this process, in turn, and the plan's size of the process beside the peak RSS of the real command line, whose stages
-overlap unless ``--in-turn``. Wanted: within 10 % and 15 %. One step a stage. The plan uses what ``doctor`` measured on
+overlap with ``--at-once``. Wanted: within 10 % and 15 %. One step a stage. The plan uses what ``doctor`` measured on
 this machine; if it has not run, the same is measured here. tests/test_plan.py holds the same comparison, network by
 network.
 """
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["640x384", "1280x704", "2560x1408"])
     parser.add_argument("--num-frames", type=int, default=41)
-    parser.add_argument("--in-turn", action="store_true", help="the process's stages one after another")
+    parser.add_argument("--at-once", action="store_true", help="the process's stages overlap")
     asked = common.parsed(parser, arguments)
     asked.steps = asked.steps_2 = 1
     if asked.tiny:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # All children before this process becomes large; see common.
         for size in asked.sizes:
             told = ["--image", str(common.PHOTO), *common.clip_arguments(asked, model, size, asked.num_frames)]
-            told += ["--in-turn"] if asked.in_turn else []
+            told += ["--at-once"] if asked.at_once else []
             run = common.generate(folder, told)
             run.output.unlink()
             rows.append({"size": size, "peak_rss_mb": common.megabytes(run.peak_rss)})
@@ -82,7 +82,7 @@ def beside_plan(asked: argparse.Namespace, model: Path | None, row: dict[str, An
     request, _ = request_of(options, preset, source.size, source.sha256)
     networks = None if model is None else costs.read_nano(model, preset.prompt_tokens)
     planned = plan(request, preset, calibration, networks=networks)
-    rss = plan(request, preset, calibration, networks=networks, overlap=not asked.in_turn).rss_bytes
+    rss = plan(request, preset, calibration, networks=networks, overlap=asked.at_once).rss_bytes
     live = live_bytes(source.pixels, request, model)
     return {
         "planned_rss_mb": common.megabytes(rss),

@@ -157,7 +157,7 @@ def test_the_command_line_traces(tmp_path: Path, capsys: pytest.CaptureFixture[s
         return int(end.value.code or 0)
 
     at_once, in_turn = tmp_path / "a.mp4", tmp_path / "b.mp4"
-    assert run("--output", str(at_once), "--trace", str(tmp_path / "a.json")) == 0
+    assert run("--output", str(at_once), "--at-once", "--trace", str(tmp_path / "a.json")) == 0
     assert run("--output", str(in_turn), "--in-turn", "--trace", str(tmp_path / "b.json")) == 0
     assert at_once.read_bytes() == in_turn.read_bytes()
     rows = {}

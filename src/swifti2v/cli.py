@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from .options import FILE, BatchOptions, Options, option, takes_options
+from .options import FILE, RUN, BatchOptions, Options, option, takes_options
 
 if TYPE_CHECKING:
     from .parallel import Ranks
@@ -73,11 +73,12 @@ def generate(options: Options) -> None:
             return
 
         def work(ranks: Ranks | None) -> None:
+            from .fitting import at_once
             from .overlap import recorded
             from .produce import Execution, start
 
             order = prepare(options)
-            with recorded(overlap=not options.in_turn, trace=trace_file(options.trace)) as lanes:
+            with recorded(overlap=at_once(options.at_once, options.device), trace=trace_file(options.trace)) as lanes:
                 execution = Execution(lanes, ranks)
                 _run(lambda emit: start(order, emit, execution), _mode(options.json, options.quiet))
 
@@ -100,7 +101,7 @@ def resume(
     model: Model = None,
     force: Annotated[bool, typer.Option("--force", help="Even if weights or libraries changed.")] = False,
     profile: Annotated[str | None, typer.Option(metavar="NAME", help="Fit into other memory than it began in.")] = None,
-    in_turn: Annotated[bool, typer.Option("--in-turn", help="One stage at a time: less memory.")] = False,
+    at_once: Annotated[bool | None, option(RUN, "Stages at once or one at a time.", "--at-once/--in-turn")] = None,
     trace: Annotated[str | None, typer.Option(metavar="OUT.json", help="Write who worked when.")] = None,
     context_parallel: Ranked = None,
     json: Json = False,
@@ -109,13 +110,14 @@ def resume(
 ) -> None:
     """Continue an interrupted run; the result is the same as if it had not been."""
     with reported(debug):
+        from . import fitting
         from .order import trace_file
         from .overlap import recorded
         from .produce import Execution
         from .produce import resume as go_on
 
         def work(ranks: Ranks | None) -> None:
-            with recorded(overlap=not in_turn, trace=trace_file(trace)) as lanes:
+            with recorded(overlap=fitting.at_once(at_once), trace=trace_file(trace)) as lanes:
                 execution = Execution(lanes, ranks)
                 made = partial(go_on, Path(job), model=model, profile=profile, force=force, execution=execution)
                 _run(made, _mode(json, quiet))
@@ -163,12 +165,13 @@ def rerun(
 ) -> None:
     """Make a file again from what it says about itself; finds the photo by its checksum."""
     with reported(debug):
+        from .fitting import at_once
         from .order import prepare_again
         from .overlap import Lanes
         from .produce import Execution, start
 
         order = prepare_again(Path(file), image=image, output=output, model=model)
-        _run(lambda emit: start(order, emit, Execution(Lanes(overlap=True))), _mode(json, quiet))
+        _run(lambda emit: start(order, emit, Execution(Lanes(overlap=at_once()))), _mode(json, quiet))
 
 
 @app.command()

@@ -130,7 +130,7 @@ def _expected() -> Iterator[Finding]:
     preset = presets.get("nano")
     request, _ = presets.resolve(preset, prompt="", seed=0)
     try:
-        expected = plan(request, preset, stored_calibration(), overlap=True)
+        expected = plan(request, preset, stored_calibration())
     except UsageError as error:
         yield Finding("a 2K video", str(error), False)
         return

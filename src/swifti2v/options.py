@@ -114,9 +114,12 @@ class Options:
             metavar="NAME",
         ),
     ] = None
-    in_turn: Annotated[bool, option(RUN, "One stage at a time: slower, less memory, the same video.", "--in-turn")] = (
-        False
-    )
+    at_once: Annotated[
+        bool | None,
+        option(
+            RUN, "Stages at once or one at a time: the same video (default: at once on a GPU).", "--at-once/--in-turn"
+        ),
+    ] = None
     trace: Annotated[
         str | None, option(RUN, "Write who worked when, for chrome://tracing or ui.perfetto.dev.", metavar="OUT.json")
     ] = None

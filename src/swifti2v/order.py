@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from . import media, presets
 from .checkpoints import locate, read_metadata, sha256
 from .core import Request, Size, UsageError
-from .fitting import arrangement_of, check_names, fitted_again, planned
+from .fitting import arrangement_of, at_once, check_names, fitted_again, planned
 from .hastening import hastened
 from .journal import Inputs, Manifest, WriteOptions
 from .origin import Origin, described, find_photo, origin_of
@@ -169,7 +169,7 @@ def plan_of(options: Options) -> Plan:
     size = media.read_image(options.image).size if options.image is not None else None
     request, _ = request_of(options, preset, size)
     check_names(options)
-    way, overlap = arrangement_of(options, request, preset), not options.in_turn
+    way, overlap = arrangement_of(options, request, preset), at_once(options.at_once, options.device)
     if way is not None:
         request, overlap = request.model_copy(update={"encode": way.encode_when}), way.overlap
     return replace(planned(request, preset, options.model, overlap=overlap), arrangement=way)

@@ -253,11 +253,11 @@ class Planner:
         )
 
     def _at_once(self, rows: tuple[Row, ...]) -> int:
-        """What the lanes of ``overlap`` make at the same time, and the chunk of pixels that waits between two."""
+        """What the lanes of ``overlap`` make at the same time. Nothing waits beside it: a lane begins its next item
+        only when the last has been taken."""
         own = {row.phase: max(row.activation_bytes - row.resident_bytes, 0) for row in rows}
         reference = max(own.get("motion decode", 0), own.get("reference", 0))
-        chunk = self.chunk_blocks * self.preset.grid.temporal_stride * self.request.size.area * FRAME_BYTES
-        return reference + own["refine"] + own["decode"] + own["write"] + chunk
+        return reference + own["refine"] + own["decode"] + own["write"]
 
     def _text(self) -> Row:
         prompts = 2 if max(self.request.guidance_scale, self.request.guidance_scale_2) > 1 else 1

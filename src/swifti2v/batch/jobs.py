@@ -29,7 +29,7 @@ _NOT_A_LINES = {
     "json": "give it to the batch",
     "quiet": "give it to the batch",
     "debug": "give it to the batch",
-    "in_turn": "a batch's stages always work in turn",
+    "at_once": "a batch's stages always work in turn",
     "trace": "use swifti2v generate",
     "context_parallel": "a clip of a batch is made by one worker",
     "dry_run": "use swifti2v plan",
