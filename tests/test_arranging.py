@@ -74,13 +74,21 @@ def test_8_bits_make_room_without_streaming() -> None:
     assert not {"transformer", "transformer_2"} & set(way.streamed)
 
 
-def test_refusals_name_the_phase_and_what_would_fit() -> None:
+@pytest.mark.slow
+def test_a_refusal_names_the_nearest_card() -> None:
     with pytest.raises(UsageError, match=r"do not fit \(tiny, 3\.0 GiB and 64 in host .*\): \w+ needs .*; .*fits 8gb"):
         arrange(planner("wan"), Budget(3 * GIB, 64 * GIB, "tiny"))
-    with pytest.raises(UsageError, match=r"motion needs 3\d\.\d GiB at least; no smaller size fits"):
-        arrange(planner("wan"), budget_of("cpu", None, 20 * GIB))
+
+
+def test_refusals_name_the_phase_and_what_would_fit() -> None:
     with pytest.raises(UsageError, match=r"2560x1408, 81 frames do not fit .*; \d+x\d+ would fit$"):
         arrange(planner("nano"), budget_of("cpu", None, 2 * GIB))
+
+
+@pytest.mark.slow
+def test_a_refusal_on_a_cpu() -> None:
+    with pytest.raises(UsageError, match=r"motion needs 3\d\.\d GiB at least; no smaller size fits"):
+        arrange(planner("wan"), budget_of("cpu", None, 20 * GIB))
 
 
 def test_nano_gives_up_overlap_before_it_is_refused() -> None:

@@ -246,15 +246,18 @@ class Planner:
             rows=rows,
             weight_bytes=weights,
             activation_bytes=peak,
-            rss_bytes=self.calibration.rss_bytes + weights + peak,
+            rss_bytes=self.calibration.rss_bytes + weights + peak + self._kept(),
             job_bytes=self._job_bytes(),
             file_bytes=file_bytes,
             calibrated=self.calibration.measured,
         )
 
+    def _kept(self) -> int:
+        """What the process keeps of the video encoder's freed frames while others work (glibc gives none back)."""
+        return 0 if self.overlap else self.request.size.area * ENCODER_BYTES_PER_PIXEL
+
     def _at_once(self, rows: tuple[Row, ...]) -> int:
-        """What the lanes of ``overlap`` make at the same time. Nothing waits beside it: a lane begins its next item
-        only when the last has been taken."""
+        """What overlapping lanes make at the same time; one that waits to hand its item on makes nothing."""
         own = {row.phase: max(row.activation_bytes - row.resident_bytes, 0) for row in rows}
         reference = max(own.get("motion decode", 0), own.get("reference", 0))
         return reference + own["refine"] + own["decode"] + own["write"]
