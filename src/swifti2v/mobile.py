@@ -28,13 +28,14 @@ from .models.ltx_vae import LTXCodec
 from .models.mobile_dit import MobileTransformer3DModel
 from .models.nano_vae import NanoVAE
 from .models.turbo_decoder import TurboDecoder
-from .overlap import IN_TURN, Lanes, Running
+from .overlap import IN_TURN, Lanes
 from .runs import (
     Emit,
     Journal,
     Reporter,
     asked,
     check_photo,
+    chunks,
     gathered,
     saved_segments,
     segment_windows,
@@ -171,23 +172,10 @@ class MobileI2VPipeline(DiffusionPipeline):
         if motion is not None:
             raise ValueError("motion is given: MobileI2V has one stage, which cannot be replaced by a video")
         with lanes.running() as running:
-            yield from self._chunks(photo, request, job, Reporter(emit, running), running)
-
-    def _chunks(
-        self, photo: Tensor, request: Request, job: Journal | None, report: Reporter, running: Running
-    ) -> Iterator[Chunk]:
-        total = len(segment_windows(self.preset, request))
-        photo = photo.to(self._execution_device, torch.float32)
-        report("started", "run", total=total, message=f"{request.num_frames} frames of {request.size}")
-        latents = running.stage("denoise", self._denoised(photo, request, job, report), photo.device)
-        start = number = 0
-        for pixels in running.stage("decode", self._decoded(latents, photo, request, report), photo.device):
-            if number == 0 and request.exact_first_frame:
-                pixels = photo
-            yield Chunk(pixels, start, number, total)
-            start, number = start + pixels.shape[2], number + 1
-            del pixels
-        report("completed", "run", total, total, total)
+            report, photo = Reporter(emit, running), photo.to(self._execution_device, torch.float32)
+            latents = running.stage("denoise", self._denoised(photo, request, job, report), photo.device)
+            decoded = running.stage("decode", self._decoded(latents, photo, request, report), photo.device)
+            yield from chunks(decoded, photo, request, len(segment_windows(self.preset, request)), report)
 
     @without_gradients
     def latents(

@@ -24,19 +24,19 @@ from .arrangement import Arrangement
 from .checkpoints import read_json
 from .core import RunError, UsageError
 from .fast_paths import check_fast_paths, chosen, settle
-from .lora import Stage, load_lora
+from .lora import Stage
 from .memory import FastPaths, Placement, choose_placement, place, stream_weights
 from .models.self_check import self_check_conv3d
 from .presets import Preset
 from .residency import Part, Phased, Residency
-from .sources import local_folder, wan_component, wan_folders
+from .sources import attach_loras, local_folder, wan_component, wan_folders
 
 if TYPE_CHECKING:
     from .mobile import MobileI2VPipeline
     from .pipeline import SwiftI2VPipeline
 
 LARGE = ("text_encoder", "image_encoder", "transformer", "transformer_2")
-TRANSFORMERS = {"transformer": "one", "transformer_2": "two"}
+TRANSFORMERS: dict[str, Stage] = {"transformer": "one", "transformer_2": "two"}
 Loras = Mapping[Stage, Sequence[tuple[str, float]]]
 
 
@@ -104,10 +104,9 @@ class _Ready:
         return settled
 
     def _attach(self, name: str) -> None:
-        stage: Any = TRANSFORMERS[name]
+        stage = TRANSFORMERS[name]
         try:
-            for index, (path, weight) in enumerate(self.loras.get(stage, ())):
-                load_lora(self.pipeline, path, adapter_name=f"{stage}_{index}", weight=weight, stage=stage)
+            attach_loras(self.pipeline, stage, self.loras[stage])
         except UsageError as error:  # whether a file fits is known only here, after the weights
             raise RunError(str(error)) from None
 
@@ -128,10 +127,10 @@ def _from_folder(model: str) -> tuple[SwiftI2VPipeline, dict[str, Callable[[], n
     index = read_json(folder / "model_index.json")
     there = [name for name in LARGE if isinstance(index.get(name), list) and index[name][1] is not None]
     pipeline = SwiftI2VPipeline.from_pretrained(folder, **dict.fromkeys(there))
-    others = {name: None for name, entry in index.items() if isinstance(entry, list)}
+    components = [name for name, entry in index.items() if isinstance(entry, list)]
 
     def loader(name: str) -> Callable[[], nn.Module]:
-        apart: Any = {other: None for other in others if other != name}
+        apart: Any = dict.fromkeys(other for other in components if other != name)
         return lambda: getattr(SwiftI2VPipeline.from_pretrained(folder, **apart), name)
 
     for name in there:

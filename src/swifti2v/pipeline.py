@@ -35,6 +35,7 @@ from .runs import (
     Reporter,
     asked,
     check_photo,
+    chunks,
     gathered,
     saved_segments,
     segment_windows,
@@ -149,33 +150,11 @@ class SwiftI2VPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         self._check(photo, request)
         with self.residency.until_the_end(self), lanes.running() as running:
-            yield from self._chunks(photo, request, job, motion, Reporter(emit, running), conditions, running)
-
-    def _chunks(
-        self,
-        photo: Tensor,
-        request: Request,
-        job: Journal | None,
-        motion: Iterable[Tensor] | None,
-        report: Reporter,
-        conditions: Conditions | None,
-        running: Running,
-    ) -> Iterator[Chunk]:
-        """``stream``'s line, from right to left: decode what is denoised along what is encoded."""
-        photo = photo.to(self._execution_device, torch.float32)
-        total = len(segment_windows(self.preset, request))
-        report("started", "run", total=total, message=f"{request.num_frames} frames of {request.size}")
-        latents = self._latents(photo, request, job, motion, report, conditions, running)
-        decoded = decode_stream(self._large_vae(), running.stage("denoise", latents, photo.device), photo)
-        start = number = 0
-        # Not enumerate, which keeps the last while making the next.
-        for pixels in running.stage("decode", decoded, photo.device):
-            if number == 0 and request.exact_first_frame:
-                pixels = photo
-            yield Chunk(pixels, start, number, total)
-            start, number = start + pixels.shape[2], number + 1
-            del pixels
-        report("completed", "run", total, total, total)
+            report, photo = Reporter(emit, running), photo.to(self._execution_device, torch.float32)
+            latents = self._latents(photo, request, job, motion, report, conditions, running)
+            decoded = decode_stream(self._large_vae(), running.stage("denoise", latents, photo.device), photo)
+            total = len(segment_windows(self.preset, request))
+            yield from chunks(running.stage("decode", decoded, photo.device), photo, request, total, report)
 
     def _latents(
         self,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import presets
-from .core import Event, Request
+from .core import Chunk, Event, Request
 from .images import read_image
 from .overlap import Running, Stopped
 from .reference import fit_image
@@ -93,6 +93,19 @@ def saved_segments(
             job.save_segment(number, segment, plan[number].segment)
         report("segment", "refine", segment=number + 1, step=(number + 1) * steps, total=len(plan) * steps)
         yield segment
+
+
+def chunks(decoded: Iterator[Tensor], photo: Tensor, request: Request, total: int, report: Reporter) -> Iterator[Chunk]:
+    """A run's pixels as its chunks, told when it starts and when it is done; ``total``: its segments."""
+    report("started", "run", total=total, message=f"{request.num_frames} frames of {request.size}")
+    start = number = 0
+    for pixels in decoded:  # not enumerate, which keeps the last while making the next
+        if number == 0 and request.exact_first_frame:
+            pixels = photo
+        yield Chunk(pixels, start, number, total)
+        start, number = start + pixels.shape[2], number + 1
+        del pixels
+    report("completed", "run", total, total, total)
 
 
 def asked(

@@ -93,15 +93,19 @@ def load(
     pipeline = _mobile(preset, model) if preset.family == "mobile" else _two_stages(preset, model, placement)
     if pipeline.preset.name != preset.name:
         raise RunError(f"{model} holds weights of {pipeline.preset.name}, not of {preset.name}")
-    attached: tuple[tuple[Stage, Sequence[tuple[str, float]]], ...] = (("one", loras), ("two", loras_2))
     try:
-        for stage, files in attached:
-            for index, (path, weight) in enumerate(files):
-                load_lora(pipeline, path, adapter_name=f"{stage}_{index}", weight=weight, stage=stage)
+        attach_loras(pipeline, "one", loras)
+        attach_loras(pipeline, "two", loras_2)
         place_pipeline(pipeline, placement, fast)
     except UsageError as error:  # whether a file or a kernel fits is known only here, after the weights
         raise RunError(str(error)) from None
     return pipeline
+
+
+def attach_loras(pipeline: Any, stage: Stage, files: Sequence[tuple[str, float]]) -> None:
+    """LoRA files with their weights, onto a stage's transformer. UsageError for one that does not fit."""
+    for index, (path, weight) in enumerate(files):
+        load_lora(pipeline, path, adapter_name=f"{stage}_{index}", weight=weight, stage=stage)
 
 
 def _mobile(preset: Preset, model: str | None) -> MobileI2VPipeline:
